@@ -1,0 +1,347 @@
+"""KeyformerCache: a fixed number of slots in each layer and head, and the rule that fills them.
+
+Nothing is moved. Tokens that lose their place are overwritten by those that come in; one
+rule serves the prompt, every decode step and a second prompt on the same cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from keyformer.attention import Attended, Tokens, attention
+from keyformer.config import KeyformerConfig
+from keyformer.score import Scorer, temperature
+
+GROWTH = 64
+"""Slots added at a time while the text is shorter than the budget."""
+
+Observer = Callable[[int, Tensor, Attended], None]
+"""Called with layer index, query positions (batch, tokens) and what they attended to."""
+
+
+class KeyformerLayer(CacheLayerMixin):
+    """The slots of one layer.
+
+    Attributes
+    ----------
+    keys, values
+        (batch, kv_heads, slots, head_dim), the model's dtype.
+    positions
+        (batch, kv_heads, slots) int64, position in the text, -1 for an empty slot.
+    scores
+        (batch, kv_heads, slots) float32, accumulated f_theta (section 3.3.2).
+    step
+        t of Eq. 10: 0 after a prompt, then the number of decode steps since.
+    """
+
+    is_sliding = False
+    _per_sequence = ("keys", "values", "positions", "scores", "_seen", "_budget", "_window")
+
+    def __init__(self, config: KeyformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, budgets included."""
+        self.is_initialized = False
+        self.step = 0
+        self.prompt_end = 0
+        self._length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take batch size, heads, dtype and device from the first keys; no slots yet."""
+        batch, heads, _, _ = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_zeros(batch, heads, 0, key_states.shape[-1])
+        self.values = value_states.new_zeros(batch, heads, 0, value_states.shape[-1])
+        self.positions = torch.zeros(batch, heads, 0, dtype=torch.int64, device=self.device)
+        self.scores = torch.zeros(batch, heads, 0, device=self.device)
+        self._seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.is_initialized = True
+
+    def place(self, key: Tensor, value: Tensor, real: Tensor) -> Tensor:
+        """Count new tokens in, and on the first prompt fix each sequence's budget.
+
+        Parameters
+        ----------
+        key, value
+            (batch, kv_heads, tokens, head_dim) of the new tokens.
+        real
+            (batch, tokens) bool, False for padding.
+
+        Returns
+        -------
+        Tensor
+            (batch, tokens) int64, their positions in the text, -1 for padding.
+        """
+        is_prompt = not self.is_initialized or key.shape[2] > 1
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+            self._set_budgets(real)
+        self._length += key.shape[2]
+        self.step = 0 if is_prompt else self.step + 1
+        if is_prompt:
+            self.prompt_end = self._length
+        real = real.to(self.device)
+        count = real.cumsum(dim=-1)
+        positions = (self._seen[:, None] + count - 1).masked_fill(~real, -1)
+        self._seen = self._seen + count[:, -1]
+        return positions
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        scorer: Scorer | None,
+        *,
+        scale: float,
+        alibi_slopes: Tensor | None = None,
+        output_weights: bool = False,
+    ) -> Attended:
+        """Attend to the slots and the new tokens, add their scores, evict to the budget.
+
+        Parameters
+        ----------
+        query, key, value
+            (batch, heads or kv_heads, tokens, head_dim) of the new tokens.
+        positions
+            What :meth:`place` gave for them.
+        scorer, scale, alibi_slopes, output_weights
+            See :func:`keyformer.attention.attention`.
+        """
+        new = Tokens(key, value, positions[:, None].expand(-1, key.shape[1], -1))
+        attended = attention(
+            query,
+            positions,
+            Tokens(self.keys, self.values, self.positions),
+            new,
+            scale=scale,
+            alibi_slopes=alibi_slopes,
+            scorer=scorer,
+            output_weights=output_weights,
+        )
+        new_scores = torch.zeros_like(new.positions, dtype=torch.float32)
+        if attended.scores is not None:
+            held = self.scores.shape[-1]
+            self.scores = self.scores + attended.scores[..., :held]
+            new_scores = attended.scores[..., held:]
+        self._grow()
+        self._admit(new, new_scores)
+        return attended
+
+    def _set_budgets(self, real: Tensor) -> None:
+        """Fix k and w of each sequence by its number of real prompt tokens."""
+        lengths = [int(n) for n in real.sum(dim=-1).tolist()]
+        budgets = [self.config.budget(n) for n in lengths]
+        windows = [self.config.recent_window(k) for k in budgets]
+        self._budget = torch.tensor(budgets, device=self.device)
+        self._window = torch.tensor(windows, device=self.device)
+        self._largest_budget = max(budgets)
+
+    def _grow(self) -> None:
+        """Have slots for every token so far, up to the largest budget."""
+        held = self.keys.shape[2]
+        wanted = min(self._largest_budget, self._length)
+        if wanted <= held:
+            return
+        wanted = min(self._largest_budget, -(-wanted // GROWTH) * GROWTH)
+        pad = torch.nn.functional.pad
+        self.keys = pad(self.keys, (0, 0, 0, wanted - held))
+        self.values = pad(self.values, (0, 0, 0, wanted - held))
+        self.positions = pad(self.positions, (0, wanted - held), value=-1)
+        self.scores = pad(self.scores, (0, wanted - held))
+
+    def _admit(self, new: Tokens, new_scores: Tensor) -> None:
+        """Write the new tokens that stay over the slots of the tokens that leave.
+
+        As many slots leave as new tokens stay, head by head, so the two masks pair up.
+        """
+        slots = self.positions.shape[-1]
+        positions = torch.cat([self.positions, new.positions], dim=-1)
+        scores = torch.cat([self.scores, new_scores], dim=-1)
+        leaves = self._leaves(positions, scores, slots)
+        freed = leaves[..., :slots].nonzero(as_tuple=True)
+        staying = (~leaves[..., slots:]).nonzero(as_tuple=True)
+        self.keys[freed] = new.keys[staying]
+        self.values[freed] = new.values[staying]
+        self.positions[freed] = new.positions[staying]
+        self.scores[freed] = new_scores[staying]
+
+    def _leaves(self, positions: Tensor, scores: Tensor, slots: int) -> Tensor:
+        """Who leaves when the new tokens compete with the slots: the eviction rule.
+
+        Slots and new tokens are ranked together and as many leave as are new. Padding goes
+        first, then empty slots, then tokens by score, the younger of two equals first. Sinks
+        and the recent window stay, and so do slots beyond a sequence's own budget, which
+        therefore never fill.
+
+        Parameters
+        ----------
+        positions, scores
+            (batch, kv_heads, slots + new tokens).
+        slots
+            How many of them are slots.
+
+        Returns
+        -------
+        Tensor
+            Bool, the same shape, True for those that leave.
+        """
+        highest = torch.iinfo(torch.int64).max
+        # Scores are never negative, so their bits sort as integers do.
+        rank = scores.contiguous().view(torch.int32).to(torch.int64) << 32
+        rank = rank + (torch.iinfo(torch.int32).max - positions)
+        window_start = (self._seen - self._window)[:, None, None]
+        sinks = self._budget.clamp(max=self.config.sinks)[:, None, None]
+        kept = (positions >= window_start) | (positions < sinks)
+        rank = rank.masked_fill(kept, highest)
+        rank = rank.masked_fill(positions < 0, -1)
+        place = torch.arange(positions.shape[-1], device=positions.device)
+        rank = rank.masked_fill((place >= slots) & (positions < 0), -2)
+        beyond_budget = (place >= self._budget[:, None]) & (place < slots)
+        rank = rank.masked_fill(beyond_budget[:, None], highest)
+        leaving = rank.topk(positions.shape[-1] - slots, largest=False).indices
+        return torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, leaving, True)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Refuse a model that would append keys without evicting."""
+        raise TypeError(
+            "a KeyformerCache evicts inside attention and this model's attention does not call"
+            " it; load the model with keyformer.load_model or pass it to enable_keyformer"
+        )
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included: what transformers' position arithmetic expects."""
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask over every token seen and the new ones."""
+        return self._length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum: any number of tokens can flow through the slots."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.13
+
+    def memory_bytes(self) -> int:
+        """Bytes of the slots: keys, values, positions and scores."""
+        if not self.is_initialized:
+            return 0
+        return sum(t.nbytes for t in (self.keys, self.values, self.positions, self.scores))
+
+    def _select(self, index: Tensor) -> None:
+        if self.is_initialized:
+            for name in self._per_sequence:
+                setattr(self, name, getattr(self, name).index_select(0, index.to(self.device)))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give beam i the slots of beam ``beam_idx[i]``, positions and scores with them."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices``."""
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence ``repeats`` times in place."""
+        batch = self.keys.shape[0] if self.is_initialized else 0
+        self._select(torch.arange(batch).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: evicted tokens cannot be brought back (assisted generation needs this)."""
+        raise ValueError("a KeyformerCache cannot be cropped: evicted tokens are gone")
+
+
+class KeyformerCache(Cache):
+    """The cache of a whole model, for ``generate(past_key_values=...)`` or forward calls.
+
+    Budgets are fixed by the first prompt of each sequence; later prompts on the same cache
+    are attended, scored and evicted to that budget.
+
+    Parameters
+    ----------
+    model_config
+        The model's configuration, for its number of layers.
+    config
+        The method and its settings.
+
+    Attributes
+    ----------
+    layers
+        One :class:`KeyformerLayer` for each layer of the model.
+    seed
+        Seed of this cache's noise.
+    max_new_tokens, max_length
+        What ``generate`` was asked for; T of Eq. 10 unless the config has its own.
+    observer
+        If set, called after each layer's attention with its weights.
+    """
+
+    def __init__(
+        self, model_config: PreTrainedConfig, config: KeyformerConfig | None = None
+    ) -> None:
+        config = config or KeyformerConfig()
+        layers = model_config.get_text_config(decoder=True).num_hidden_layers
+        super().__init__(layers=[KeyformerLayer(config) for _ in range(layers)])
+        self.config = config
+        self.seed = config.seed or 0
+        if config.seed is None and config.draws_noise:
+            self.seed = int(torch.randint(2**62, ()))
+        self.max_new_tokens: int | None = None
+        self.max_length: int | None = None
+        self.output_attentions = False
+        self.observer: Observer | None = None
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layer_idx: int,
+        real: Tensor,
+        *,
+        scale: float,
+        alibi_slopes: Tensor | None = None,
+    ) -> Attended:
+        """Attention of one layer's new tokens, with scoring and eviction.
+
+        The counterpart of ``Cache.update`` for a model that evicts; arguments and result are
+        those of :meth:`KeyformerLayer.place` and :meth:`KeyformerLayer.attend`.
+        """
+        layer = self.layers[layer_idx]
+        positions = layer.place(key, value, real)
+        attended = layer.attend(
+            query,
+            key,
+            value,
+            positions,
+            self._scorer(layer, layer_idx),
+            scale=scale,
+            alibi_slopes=alibi_slopes,
+            output_weights=self.output_attentions or self.observer is not None,
+        )
+        if self.observer is not None:
+            self.observer(layer_idx, positions, attended)
+        return attended
+
+    def _scorer(self, layer: KeyformerLayer, layer_idx: int) -> Scorer | None:
+        if not self.config.needs_scores:
+            return None
+        length = self.config.generation_length or self.max_new_tokens
+        if length is None and self.max_length is not None:
+            length = max(1, self.max_length - layer.prompt_end)
+        tau = temperature(self.config, layer.step, length)
+        return Scorer(self.config.noise, self.seed, layer_idx, tau)
+
+    def memory_bytes(self) -> int:
+        """Bytes that keys, values, positions and scores occupy over all layers."""
+        return sum(layer.memory_bytes() for layer in self.layers)

@@ -1,0 +1,149 @@
+"""The settings of the method, and every method the paper compares as a row of them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any
+
+UNLIMITED = sys.maxsize
+"""A kv_budget that no text reaches: nothing is ever evicted."""
+
+NOISES = ("gumbel", "gaussian", "constant", "none")
+BACKENDS = ("auto", "torch")
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"kv_budget": UNLIMITED, "recent": 100.0, "sinks": 0},
+    "window": {"recent": 100.0, "sinks": 0},
+    "streaming_llm": {"recent": 100.0, "sinks": 4},
+    "key": {"recent": 0.0, "sinks": 0, "noise": "none", "tau_init": 1.0, "tau_end": 1.0},
+    "h2o": {"sinks": 0, "noise": "none", "tau_init": 1.0, "tau_end": 1.0},
+    "keyformer": {"sinks": 0},
+}
+"""What defines each method; what a row does not name is the user's to set."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one line that names it."""
+
+
+@dataclass(frozen=True)
+class KeyformerConfig:
+    """How many tokens the cache keeps, and how it chooses them.
+
+    Parameters
+    ----------
+    kv_cache
+        Cache budget k in percent of the prompt's real tokens, in (0, 100].
+    recent
+        Recent window w in percent of k, in [0, 100] (section 3.3.3).
+    kv_budget
+        Cache budget in tokens; overrides ``kv_cache``. ``UNLIMITED`` never evicts.
+    tau_init, tau_end
+        Temperature at the prompt and at the last decode step, both > 0 (Eq. 10).
+    generation_length
+        T of Eq. 10 in tokens; None takes it from ``generate``'s ``max_new_tokens``.
+    noise
+        Logit adjustment zeta of Eq. 4: "gumbel" (Eq. 5), "gaussian" of the same mean and
+        standard deviation, "constant" (the Gumbel mean) or "none".
+    sinks
+        First tokens of the text that are never evicted (StreamingLLM keeps 4).
+    seed
+        Seed of the noise; None draws one from torch's global generator for each cache.
+    backend
+        "torch", or "auto" for the fastest available one.
+
+    Raises
+    ------
+    InputError
+        If a value is outside its range; the message names the value and the range.
+    """
+
+    kv_cache: float = 60.0
+    recent: float = 30.0
+    kv_budget: int | None = None
+    tau_init: float = 1.0
+    tau_end: float = 2.0
+    generation_length: int | None = None
+    noise: str = "gumbel"
+    sinks: int = 0
+    seed: int | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        def number(name: str, fits: Any, allowed: str) -> None:
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool) or not fits(value):
+                raise InputError(f"{name} must be {allowed}, got {value!r}")
+
+        def whole(name: str, least: int, or_none: str = "") -> None:
+            value = getattr(self, name)
+            if or_none and value is None:
+                return
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+                raise InputError(
+                    f"{name} must be a whole number >= {least}{or_none}, got {value!r}"
+                )
+
+        def choice(name: str, allowed: tuple[str, ...]) -> None:
+            value = getattr(self, name)
+            if value not in allowed:
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+        number("kv_cache", lambda v: 0 < v <= 100, "a percentage in (0, 100]")
+        number("recent", lambda v: 0 <= v <= 100, "a percentage in [0, 100]")
+        for name in ("tau_init", "tau_end"):
+            number(name, lambda v: v > 0 and math.isfinite(v), "a finite temperature > 0")
+        whole("kv_budget", 1, " or None")
+        whole("generation_length", 1, " or None")
+        whole("sinks", 0)
+        whole("seed", 0, " or None")
+        choice("noise", NOISES)
+        choice("backend", BACKENDS)
+
+    @classmethod
+    def preset(cls, method: str, **settings: Any) -> KeyformerConfig:
+        """The configuration of a method of the paper, by name.
+
+        Parameters
+        ----------
+        method
+            A key of ``METHODS``: full, window, streaming_llm, key, h2o or keyformer.
+        settings
+            Fields of KeyformerConfig. What defines the method stays as its row says, so one
+            set of settings serves all methods: ``recent`` does not turn "key" into "h2o".
+
+        Raises
+        ------
+        InputError
+            If the method or a setting is unknown, or a value is out of range.
+        """
+        if method not in METHODS:
+            raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise InputError(f"unknown setting {name!r}; known are {', '.join(known)}")
+        return cls(**{**settings, **METHODS[method]})
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether any slot is won by score; recent = 100 leaves none to win."""
+        return self.recent < 100
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether two runs with other seeds can differ."""
+        return self.needs_scores and self.noise in ("gumbel", "gaussian")
+
+    def budget(self, prompt_length: int) -> int:
+        """k: slots for a prompt of ``prompt_length`` real tokens."""
+        if self.kv_budget is not None:
+            return self.kv_budget
+        return max(1, int(prompt_length * self.kv_cache / 100))
+
+    def recent_window(self, budget: int) -> int:
+        """w: the most recent tokens that are kept among ``budget`` slots; sinks come first."""
+        return min(int(budget * self.recent / 100), max(0, budget - self.sinks))

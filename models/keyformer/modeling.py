@@ -1,0 +1,166 @@
+"""What every patched model shares: its calls to the cache, and generate's use of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from torch import Tensor, nn
+
+from keyformer.attention import Attended, Tokens, attention
+from keyformer.cache import KeyformerCache
+from keyformer.config import InputError, KeyformerConfig
+
+Patches = dict[type[nn.Module], type[nn.Module]]
+
+
+def attend(
+    cache: KeyformerCache | None,
+    layer_idx: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    real: Tensor,
+    *,
+    scale: float,
+    alibi_slopes: Tensor | None = None,
+) -> Attended:
+    """Attention of a patched layer: through the cache, or plain and causal without one.
+
+    Parameters
+    ----------
+    cache
+        The model's ``past_key_values``.
+    query, key, value
+        (batch, heads or kv_heads, tokens, head_dim) of the new tokens.
+    real
+        (batch, 1, 1, tokens) bool, what :class:`KeyformerModelMixin` passes as the mask.
+    scale, alibi_slopes
+        See :func:`keyformer.attention.attention`.
+
+    Raises
+    ------
+    TypeError
+        If the cache is of a kind that does not evict.
+    """
+    real = real[:, 0, 0]
+    if isinstance(cache, KeyformerCache):
+        return cache.attend(
+            query, key, value, layer_idx, real, scale=scale, alibi_slopes=alibi_slopes
+        )
+    if cache is not None:
+        raise TypeError(f"a model patched for Keyformer takes a KeyformerCache, got {type(cache)}")
+    positions = (real.cumsum(dim=-1) - 1).masked_fill(~real, -1)
+    new = Tokens(key, value, positions[:, None].expand(-1, key.shape[1], -1))
+    return attention(query, positions, new[:0], new, scale=scale, alibi_slopes=alibi_slopes)
+
+
+class KeyformerModelMixin:
+    """Placed before a base model such as MptModel: gives its layers what eviction needs.
+
+    Attributes
+    ----------
+    keyformer_config
+        The method used where no cache is passed in.
+    """
+
+    config: Any
+    keyformer_config = KeyformerConfig()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: KeyformerCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, with a KeyformerCache made where one is due.
+
+        ``attention_mask`` is (batch, tokens) or (batch, tokens seen + tokens), 0 for padding.
+        """
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is None:
+            raise ValueError("one of input_ids and inputs_embeds is needed")
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(f"attention_mask must be 2D, got shape {tuple(attention_mask.shape)}")
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if use_cache and past_key_values is None:
+            past_key_values = KeyformerCache(self.config, self.keyformer_config)
+        if isinstance(past_key_values, KeyformerCache):
+            past_key_values.output_attentions = bool(output_attentions)
+        # Which new tokens are real is all that a layer asks of a mask. transformers hands a
+        # mask of four dimensions through as it is, and so builds none of n x n entries.
+        if attention_mask is None:
+            real = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        else:
+            real = attention_mask[:, -inputs.shape[1] :].to(torch.bool)
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=real[:, None, None],
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            **kwargs,
+        )
+
+
+class KeyformerGenerationMixin:
+    """Placed before a ...ForCausalLM: ``generate`` works on a KeyformerCache.
+
+    It does so whatever ``use_cache`` says: MPT's checkpoints turn it off, and there is
+    nothing to evict without a cache.
+    """
+
+    config: Any
+    base_model: Any
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        generation_config.use_cache = True
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            if generation_config.cache_implementation is not None:
+                raise InputError(
+                    f"cache_implementation={generation_config.cache_implementation!r} cannot be"
+                    " combined with Keyformer, which is a cache of its own"
+                )
+            cache = KeyformerCache(self.config, self.base_model.keyformer_config)
+            model_kwargs["past_key_values"] = cache
+        if isinstance(cache, KeyformerCache):
+            cache.max_new_tokens = generation_config.max_new_tokens
+            cache.max_length = generation_config.max_length
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args
+        )
+
+
+def patch(model: nn.Module, patches: Patches) -> None:
+    """Give modules a subclass of their class, which computes with the same parameters.
+
+    Weights, buffers and names stay as they are, so checkpoints load unchanged.
+
+    Parameters
+    ----------
+    patches
+        For each class to look for, the subclass of it that takes its place.
+    """
+    for module in model.modules():
+        if type(module) in patches:
+            # accelerate's hooks hold on to the forward of the class they were added to, and
+            # removing one leaves that forward on the module.
+            hook = getattr(module, "_hf_hook", None)
+            if hook is not None:
+                remove_hook_from_module(module)
+                module.__dict__.pop("forward", None)
+            module.__class__ = patches[type(module)]
+            if hook is not None:
+                add_hook_to_module(module, hook)

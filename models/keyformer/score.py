@@ -1,0 +1,127 @@
+"""The score function: logit noise, temperature, and the softmax that ranks tokens.
+
+Noise is a hash of (seed, layer, sequence, head, query, key), so it does not depend on how
+the work is split into chunks, and another implementation can draw the same values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from keyformer.config import KeyformerConfig
+
+GUMBEL_MEAN = 0.57721566490153286
+GUMBEL_STD = math.pi / math.sqrt(6)
+_GOLDEN = -1640531527  # 2**32 / golden ratio as a signed 32-bit integer: spreads consecutive keys
+
+
+def temperature(config: KeyformerConfig, step: int, generation_length: int | None) -> float:
+    """tau_t of Eq. 10 at decode step ``step`` (0 is the prompt) of ``generation_length``.
+
+    Without a known length the temperature stays at ``tau_init``.
+    """
+    if generation_length is None:
+        return config.tau_init
+    progress = min(step / generation_length, 1.0)
+    return config.tau_init + progress * (config.tau_end - config.tau_init)
+
+
+def noise(
+    kind: str, seed: int, layer: int, heads: int, query_positions: Tensor, key_positions: Tensor
+) -> Tensor:
+    """zeta of Eq. 4: the only place where a random number is drawn.
+
+    Parameters
+    ----------
+    kind
+        One of ``config.NOISES``.
+    seed, layer
+        Counters shared by the whole call; ``seed`` below 2**63.
+    heads
+        Query heads H, a multiple of the key/value heads.
+    query_positions
+        (batch, queries) int64, positions in the text.
+    key_positions
+        (batch, kv_heads, keys) int64, positions in the text.
+
+    Returns
+    -------
+    Tensor
+        float32, (batch, heads, queries, keys); for "constant" and "none" a single number.
+    """
+    device = query_positions.device
+    if kind == "none":
+        return torch.zeros((), device=device)
+    if kind == "constant":
+        return torch.full((), GUMBEL_MEAN, device=device)
+    batch, kv_heads, _ = key_positions.shape
+    row = torch.zeros((), dtype=torch.int32, device=device)
+    counters = (
+        torch.tensor(_signed32(seed), device=device),
+        torch.tensor(_signed32(seed >> 32), device=device),
+        torch.tensor(layer, device=device),
+        torch.arange(batch, device=device)[:, None, None, None],
+        torch.arange(heads, device=device)[None, :, None, None],
+        query_positions[:, None, :, None],
+    )
+    for counter in counters:
+        row = _mix(row ^ counter.to(torch.int32) * _GOLDEN)
+    column = key_positions.to(torch.int32) * _GOLDEN
+    column = column.repeat_interleave(heads // kv_heads, dim=1)[:, :, None, :]
+    bits = (_mix(row + column) >> 9) & 0x7FFFFF
+    uniform = (bits + 0.5) * 2.0**-23  # in (0, 1), both ends excluded, exact in float32
+    if kind == "gumbel":
+        return -torch.log(-torch.log(uniform))
+    return GUMBEL_MEAN + GUMBEL_STD * torch.special.ndtri(uniform)
+
+
+def _signed32(value: int) -> int:
+    return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """A bijection of 32-bit integers in which every input bit flips every output bit."""
+    for shift, mask, factor in ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, -2073254261)):
+        bits = (bits ^ ((bits >> shift) & mask)) * factor
+    return bits ^ ((bits >> 16) & 0xFFFF)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """f_theta of one layer at one step (Eq. 9): softmax of (x + zeta) / tau.
+
+    ``kind`` and ``seed`` are those of :func:`noise`, ``tau`` that of :func:`temperature`.
+    """
+
+    kind: str
+    seed: int
+    layer: int
+    tau: float
+
+    def __call__(self, logits: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """Score every key by every query.
+
+        Parameters
+        ----------
+        logits
+            x of Eq. 4 with masked entries at the lowest float, float32,
+            (batch, kv_heads, group, queries, keys).
+        query_positions
+            (batch, queries) int64.
+        key_positions
+            (batch, kv_heads, keys) int64.
+
+        Returns
+        -------
+        Tensor
+            float32, the shape of ``logits``; each row sums to one.
+        """
+        heads = logits.shape[1] * logits.shape[2]
+        zeta = noise(self.kind, self.seed, self.layer, heads, query_positions, key_positions)
+        if zeta.ndim:
+            zeta = zeta.view(logits.shape)
+        return torch.softmax((logits + zeta) / self.tau, dim=-1)
