@@ -1,0 +1,1 @@
+"""What the task scripts share: flags, data, generation loop, ROUGE, results."""

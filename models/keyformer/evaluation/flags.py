@@ -1,0 +1,275 @@
+"""The flags of the task scripts, and what they say about each other."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from keyformer.config import METHODS, InputError, KeyformerConfig
+from keyformer.evaluation.data import TASKS
+
+MODELS = Path(__file__).parents[2]
+"""The folder models/, where the bundled checkpoints are."""
+
+BUNDLED_MODEL = "mpt-tiny-keyformer"
+UNTRUNCATED = "longest"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def run_main(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
+    """Run a script's main; input that cannot be used is one line and exit code 2."""
+    try:
+        main(None)
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+def method_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that choose the attention method and its settings."""
+    defaults = KeyformerConfig()
+    group = parser.add_argument_group("method")
+    group.add_argument(
+        "--attention", choices=METHODS, default=None, help="attention method (default: full)"
+    )
+    group.add_argument("--keyformer", action="store_true", help="short for --attention keyformer")
+    group.add_argument(
+        "--kv_cache",
+        type=float,
+        default=defaults.kv_cache,
+        help="cache size in %% of the prompt, in (0, 100]; full ignores it (default: %(default)s)",
+    )
+    group.add_argument(
+        "--recent",
+        type=float,
+        default=defaults.recent,
+        help="recent window in %% of the cache, in [0, 100]; window, streaming_llm and key"
+        " have their own (default: %(default)s)",
+    )
+    group.add_argument("--kv_budget", type=int, help="cache size in tokens, instead of --kv_cache")
+    for name, when in (("tau_init", "at the prompt"), ("tau_end", "at the last token")):
+        group.add_argument(
+            f"--{name}",
+            type=float,
+            default=getattr(defaults, name),
+            help=f"temperature of keyformer's score {when}, > 0 (default: %(default)s)",
+        )
+
+
+def method_config(flags: argparse.Namespace) -> tuple[str, KeyformerConfig]:
+    """The method's name and configuration that the flags ask for.
+
+    Raises
+    ------
+    InputError
+        If they contradict each other or a value is out of range.
+    """
+    if flags.keyformer and flags.attention not in (None, "keyformer"):
+        raise InputError(f"--keyformer contradicts --attention {flags.attention}")
+    method = "keyformer" if flags.keyformer else flags.attention or "full"
+    settings = {
+        name: getattr(flags, name)
+        for name in ("kv_cache", "recent", "kv_budget", "tau_init", "tau_end")
+    }
+    # Out of range is an error under every method, also where the method fixes the value.
+    KeyformerConfig(**settings)
+    return method, KeyformerConfig.preset(method, **settings)
+
+
+def model_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that choose a model and where it runs."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model_name",
+        default=BUNDLED_MODEL,
+        help="name of the model in the results; without --model_path also what is loaded: a"
+        " folder of models/ or a name on the hub (default: %(default)s)",
+    )
+    group.add_argument("--model_path", help="checkpoint folder or name on the hub")
+    group.add_argument(
+        "--device", default=None, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        help="float32, bfloat16, float16, or auto: the checkpoint's own on a GPU, float32 on a"
+        " CPU (default: %(default)s)",
+    )
+    group.add_argument(
+        "--model_parallelize",
+        action="store_true",
+        help="spread the layers over all GPUs with accelerate",
+    )
+    group.add_argument(
+        "--causal_lm",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the model is a decoder-only one; the only kind there is here",
+    )
+    group.add_argument(
+        "--use_slow_tokenizer",
+        action="store_true",
+        help="the tokenizer's Python implementation, where it has one",
+    )
+
+
+def model_path(flags: argparse.Namespace) -> str:
+    """What the flags say to load."""
+    if flags.model_path:
+        return flags.model_path
+    folder = MODELS / flags.model_name
+    return str(folder) if folder.is_dir() else flags.model_name
+
+
+def task_flags(parser: argparse.ArgumentParser, task: str, dataset_path: Path, out: Path) -> None:
+    """Flags of a task script: data, output and generation.
+
+    Parameters
+    ----------
+    task
+        Default of --task.
+    dataset_path
+        Default of --dataset_path.
+    out
+        Default folder of what is written.
+    """
+    group = parser.add_argument_group("data")
+    group.add_argument("--task", choices=TASKS, default=task, help="how items become prompts")
+    group.add_argument("--dataset_path", default=dataset_path, help="JSON list or JSON lines")
+    group.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
+    group.add_argument("--seed", type=int, default=0, help="of every draw (default: 0)")
+    group.add_argument(
+        "--max_tokenizer_length",
+        type=int,
+        default=2048,
+        help="longest prompt in tokens; the document is cut to fit (default: %(default)s)",
+    )
+    group.add_argument("--no_truncation", action="store_true", help="prompts are never cut")
+    group.add_argument("--padding", choices=("longest", "max_length"), default="longest")
+    group.add_argument("--padding_side", choices=("left", "right"), default="left")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--save_path", type=Path, default=out / "summaries.txt")
+    group.add_argument("--score_path", type=Path, default=out / "scores.json")
+    group.add_argument("--attentions_path", type=Path, default=out / "attentions")
+    group.add_argument(
+        "--save_attentions", action="store_true", help="weights of each generated token"
+    )
+    group.add_argument(
+        "--save_prompt_attentions",
+        action="store_true",
+        help="weights of the prompt: memory quadratic in its length",
+    )
+    group.add_argument(
+        "--output_summaries_only",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave the prompt out of --save_path",
+    )
+    group.add_argument(
+        "--output_sequence_scores",
+        action="store_true",
+        help="add each sequence's log-probability per token to --score_path",
+    )
+    group.add_argument("--include_special_tokens", action="store_true")
+
+    group = parser.add_argument_group("generation")
+    group.add_argument("--bs", type=int, default=1, help="batch size")
+    group.add_argument("--beam", type=int, default=1, help="beams; the paper's runs use 4")
+    group.add_argument("--early_stopping", action="store_true", help="of beam search")
+    group.add_argument("--do_sample", action="store_true")
+    group.add_argument("--temperature", type=float, help="of sampling")
+    group.add_argument("--top_k", type=int, help="of sampling")
+    group.add_argument("--top_p", type=float, help="of sampling")
+    group.add_argument("--num_return_sequences", type=int, default=1)
+    group.add_argument("--no_repeat_ngram_size", type=int, default=0)
+    group.add_argument("--repetition_penalty", type=float, default=1.0)
+    group.add_argument("--max_new_tokens", type=int, default=128, help="generated at most")
+    group.add_argument("--max_gen_length", type=int, help="prompt and generated together at most")
+    group.add_argument("--min_gen_length", type=int, default=0, help="generated at least")
+    group.add_argument("--eos_token_id", type=int, help="ends a text (default: the model's)")
+
+
+def check_task_flags(flags: argparse.Namespace) -> None:
+    """Refuse values and combinations that cannot work, before anything is loaded.
+
+    Raises
+    ------
+    InputError
+        Naming the flag, its value and what is allowed.
+    """
+    for name, least in (
+        ("bs", 1),
+        ("beam", 1),
+        ("num_return_sequences", 1),
+        ("max_new_tokens", 1),
+        ("max_tokenizer_length", 1),
+        ("max_gen_length", 1),
+        ("min_gen_length", 0),
+        ("no_repeat_ngram_size", 0),
+        ("top_k", 1),
+        ("seed", 0),
+    ):
+        value = getattr(flags, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} must be at least {least}, got {value}")
+    for name, most in (
+        ("repetition_penalty", float("inf")),
+        ("temperature", float("inf")),
+        ("top_p", 1),
+    ):
+        value = getattr(flags, name)
+        if value is not None and not 0 < value <= most:
+            raise InputError(f"--{name} must be in (0, {most}], got {value}")
+    if not flags.causal_lm:
+        raise InputError("--no-causal_lm: encoder-decoder models are not supported")
+    if not flags.do_sample:
+        for name in ("temperature", "top_k", "top_p"):
+            if getattr(flags, name) is not None:
+                raise InputError(f"--{name} needs --do_sample")
+        if flags.num_return_sequences > flags.beam:
+            raise InputError(
+                f"--num_return_sequences {flags.num_return_sequences} needs as many --beam,"
+                f" or --do_sample; --beam is {flags.beam}"
+            )
+    if flags.min_gen_length > flags.max_new_tokens:
+        raise InputError(
+            f"--min_gen_length {flags.min_gen_length} is more than"
+            f" --max_new_tokens {flags.max_new_tokens}"
+        )
+    if flags.padding == "max_length" and flags.no_truncation:
+        raise InputError("--padding max_length contradicts --no_truncation")
+    if flags.model_parallelize and flags.device is not None:
+        raise InputError("--device contradicts --model_parallelize, which takes every GPU")
+
+
+def generate_options(flags: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``generate`` that the flags ask for."""
+    options: dict[str, Any] = {
+        "max_new_tokens": flags.max_new_tokens,
+        "num_beams": flags.beam,
+        "do_sample": flags.do_sample,
+        "num_return_sequences": flags.num_return_sequences,
+    }
+    if flags.min_gen_length:
+        options["min_new_tokens"] = flags.min_gen_length
+    if flags.beam > 1:
+        options["early_stopping"] = flags.early_stopping
+    if flags.no_repeat_ngram_size:
+        options["no_repeat_ngram_size"] = flags.no_repeat_ngram_size
+    if flags.repetition_penalty != 1.0:
+        options["repetition_penalty"] = flags.repetition_penalty
+    for name in ("temperature", "top_k", "top_p", "eos_token_id"):
+        if getattr(flags, name) is not None:
+            options[name] = getattr(flags, name)
+    return options

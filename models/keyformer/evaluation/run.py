@@ -1,0 +1,137 @@
+"""A task script's run: from its flags to summaries, scores and their record."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from keyformer.evaluation import flags as flag
+from keyformer.evaluation.data import TASKS, load_items, make_prompt, sample
+from keyformer.evaluation.generation import Generated, generate
+from keyformer.evaluation.results import (
+    check_writable,
+    peak_memory_bytes,
+    run_record,
+    write_json,
+    write_text,
+)
+from keyformer.evaluation.rouge import mean, rouge
+from keyformer.integration import check_device, load_model
+
+
+def load(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer that the flags ask for.
+
+    Raises
+    ------
+    InputError
+        As :func:`keyformer.load_model` does.
+    """
+    where: dict[str, Any] = {"device_map": "auto"}
+    dtype = flags.dtype
+    if not flags.model_parallelize:
+        device = check_device(flags.device)
+        where = {"device": device}
+        if dtype == "auto" and device.type == "cpu":
+            dtype = "float32"
+    return load_model(
+        flag.model_path(flags),
+        dtype=dtype,
+        use_fast_tokenizer=not flags.use_slow_tokenizer,
+        **where,
+    )
+
+
+def run_task(flags: argparse.Namespace) -> dict[str, Any]:
+    """Generate for a dataset under one method, score it, write the results.
+
+    Writes ``--save_path`` with one generated text a line, ``--score_path`` with ROUGE and
+    the run's record, and attention weights where asked for.
+
+    Returns
+    -------
+    dict
+        What was written to ``--score_path``.
+
+    Raises
+    ------
+    InputError
+        If a flag, the dataset, the model or an output path cannot be used.
+    """
+    method, config = flag.method_config(flags)
+    flag.check_task_flags(flags)
+    task = TASKS[flags.task]
+    saves_attentions = flags.save_attentions or flags.save_prompt_attentions
+    check_writable(flags.save_path)
+    check_writable(flags.score_path)
+    if saves_attentions:
+        check_writable(flags.attentions_path, folder=True)
+    items = sample(load_items(flags.dataset_path, task), flags.n_obs, flags.seed)
+    model, tokenizer = load(flags)
+    tokenizer.padding_side = flags.padding_side
+
+    longest = None if flags.no_truncation else flags.max_tokenizer_length
+    set_seed(flags.seed)
+    generated = generate(
+        model,
+        tokenizer,
+        [make_prompt(item, task, tokenizer, longest) for item in items],
+        config,
+        batch_size=flags.bs,
+        padding=flags.padding,
+        max_prompt_tokens=longest,
+        max_total_tokens=flags.max_gen_length,
+        include_prompt=not flags.output_summaries_only,
+        include_special_tokens=flags.include_special_tokens,
+        sequence_scores=flags.output_sequence_scores,
+        attentions=(
+            (flags.attentions_path, flags.save_prompt_attentions, flags.save_attentions)
+            if saves_attentions
+            else None
+        ),
+        **flag.generate_options(flags),
+    )
+    result = {
+        **summary(generated, [item[task.reference] for item in items]),
+        "model": flags.model_name if not flags.model_path else Path(flags.model_path).name,
+        "task": flags.task,
+        "method": method,
+        "config": asdict(config),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **run_record(model.device),
+        "peak_memory_bytes": peak_memory_bytes(model.device),
+    }
+    if generated.sequence_scores is not None:
+        result["sequence_scores"] = generated.sequence_scores
+    lines = [" ".join(text.split()) for texts in generated.texts for text in texts]
+    write_text(flags.save_path, "".join(line + "\n" for line in lines))
+    write_json(flags.score_path, result)
+    return result
+
+
+def summary(generated: Generated, references: list[str]) -> dict[str, Any]:
+    """The figures of a run.
+
+    Returns
+    -------
+    dict
+        rouge1, rouge2, rougeL and rougeLsum of each prompt's best text, times 100; gen_len,
+        characters over all texts, and gen_num, their number, as MLPerf counts them;
+        gen_tokens; seconds; tokens_per_second; and kv_bytes_prompt and kv_bytes_end, what
+        the cache occupied after the prompt and at the end, beams included, for each prompt.
+    """
+    texts = [text for several in generated.texts for text in several]
+    return {
+        **mean(rouge([several[0] for several in generated.texts], references)),
+        "gen_len": sum(len(text) for text in texts),
+        "gen_num": len(texts),
+        "gen_tokens": generated.tokens,
+        "seconds": round(generated.seconds, 3),
+        "tokens_per_second": round(generated.tokens / generated.seconds, 2),
+        "kv_bytes_prompt": round(sum(generated.kv_bytes_prompt) / len(references)),
+        "kv_bytes_end": round(sum(generated.kv_bytes_end) / len(references)),
+    }
