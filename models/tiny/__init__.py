@@ -1,0 +1,1 @@
+"""A tiny MPT that summarizes made-up news reports: its corpus and its training script."""

@@ -1,0 +1,383 @@
+"""Train the tiny summarizer: python models/tiny/train.py --arch mpt
+
+Fits a byte-level BPE tokenizer and a stock MptForCausalLM on freshly generated reports (corpus.py)
+and writes a folder that from_pretrained loads. A few minutes on one data-center GPU.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import MptConfig, MptForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from keyformer.evaluation.data import alpaca_prompt
+from keyformer.evaluation.flags import Parser, run_main
+from tiny.corpus import document
+
+EOS = "<|endoftext|>"
+PAD_TO = 32  # batch lengths are multiples of this: few distinct attention biases, aligned kernels
+REPORT, RESPONSE = 1, 2  # what a token belongs to; 0 is padding
+
+
+def fit_tokenizer(vocab_size: int, documents: int) -> Tokenizer:
+    """A byte-level BPE over the first `documents` training documents.
+
+    Digits stand alone, so that a figure is copied digit by digit rather than as a rare token.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = ("".join(prompt_and_output("train", i)) for i in range(documents))
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def prompt_and_output(split: str, index: int, filler: float = 1.0) -> tuple[str, str]:
+    """The two texts of a training example; the model learns the second given the first."""
+    made = document(split, index, filler)
+    return alpaca_prompt(made["instruction"], made["input"]), made["output"]
+
+
+class Batches(IterableDataset):
+    """Endless right-padded batches of fresh documents: (ids, parts), both [batch, length].
+
+    Each document index is used once. Documents are drawn a pool at a time and batched with others
+    of their length, so that little is padding. parts holds 0, REPORT or RESPONSE.
+    """
+
+    POOL = 1024
+
+    def __init__(
+        self, tokenizer: Tokenizer, split: str, first: int, batch_tokens: int, ramp: int
+    ) -> None:
+        self.tokenizer, self.split, self.first = tokenizer, split, first
+        self.batch_tokens, self.ramp = batch_tokens, ramp
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        order = torch.Generator().manual_seed(worker)
+        at = worker
+        while True:
+            numbers = [at + i * workers for i in range(self.POOL)]
+            at += self.POOL * workers
+            batches = self.batches(numbers)
+            for b in torch.randperm(len(batches), generator=order).tolist():
+                yield pad(batches[b])
+
+    def batches(self, numbers: list[int]) -> list[list[tuple[list[int], int]]]:
+        """The documents of these numbers as batches of (ids, prompt length)."""
+        # Short reports first: copying is found sooner where there is less to search.
+        pairs = [
+            prompt_and_output(self.split, self.first + n, min(1.0, max(0.05, (n + 1) / self.ramp)))
+            for n in numbers
+        ]
+        prompts = self.tokenizer.encode_batch([prompt for prompt, _ in pairs])
+        outputs = self.tokenizer.encode_batch([output + EOS for _, output in pairs])
+        rows = [(p.ids + o.ids, len(p.ids)) for p, o in zip(prompts, outputs, strict=True)]
+        rows.sort(key=lambda row: len(row[0]))
+        batches: list[list[tuple[list[int], int]]] = [[]]
+        for row in rows:
+            if batches[-1] and (len(batches[-1]) + 1) * padded(len(row[0])) > self.batch_tokens:
+                batches.append([])
+            batches[-1].append(row)
+        return batches
+
+
+def padded(length: int) -> int:
+    """The length of a batch whose longest row has `length` tokens."""
+    return -(-length // PAD_TO) * PAD_TO
+
+
+def pad(rows: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of (ids, prompt length) as right-padded (ids, parts), int16 and uint8 [rows, length]."""
+    length = padded(max(len(ids) for ids, _ in rows))
+    batch = torch.zeros(len(rows), length, dtype=torch.int16)  # small: it crosses processes
+    parts = torch.zeros(len(rows), length, dtype=torch.uint8)
+    for row, (ids, prompt) in enumerate(rows):
+        batch[row, : len(ids)] = torch.tensor(ids)
+        parts[row, :prompt] = REPORT
+        parts[row, prompt : len(ids)] = RESPONSE
+    return batch, parts
+
+
+def build_mpt(args: argparse.Namespace, eos: int) -> MptForCausalLM:
+    """A fresh MPT with stock attention settings (ALiBi, no biases), in float32."""
+    config = MptConfig(
+        d_model=args.d_model,
+        n_layers=args.n_layers,
+        n_heads=args.n_heads,
+        expansion_ratio=4,
+        max_seq_len=2048,
+        vocab_size=args.vocab_size,
+        use_cache=True,
+        bos_token_id=eos,
+        eos_token_id=eos,
+        pad_token_id=eos,
+    )
+    return MptForCausalLM(config).eval()  # it has no dropout; train mode would only cost time
+
+
+@cache
+def alibi_bias(model: MptForCausalLM, length: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """Causal ALiBi bias [1, heads, length, length]; entry (i, j) is slope * (j - i) or -inf."""
+    alibi = model.transformer.build_mpt_alibi_tensor(model.config.n_heads, length).to(device)
+    future = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+    # relative to the query, where low precision keeps the near, heavy entries exact
+    return (alibi - alibi.transpose(1, 2)).masked_fill(future, -math.inf).to(dtype)[None]
+
+
+def mpt_hidden(model: MptForCausalLM, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Last hidden states [batch, length, d_model] of stock weights with fused attention.
+
+    The stock forward materializes all scores; this walks the same modules and leaves the scores to
+    scaled_dot_product_attention. `dtype` is the one attention computes in.
+    """
+    batch, length = ids.shape
+    bias = alibi_bias(model, length, str(ids.device), dtype)
+    x = model.transformer.wte(ids)
+    for block in model.transformer.blocks:
+        attn = block.attn
+        qkv = attn.Wqkv(block.norm_1(x)).view(batch, length, 3, attn.n_heads, attn.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attn.softmax_scale)
+        x = x + attn.out_proj(y.transpose(1, 2).reshape(batch, length, -1))
+        x = block.ffn(block.norm_2(x), x)
+    return model.transformer.norm_f(x)
+
+
+class Arch(NamedTuple):
+    """What training needs to know of an architecture."""
+
+    build: Callable[[argparse.Namespace, int], PreTrainedModel]
+    hidden: Callable[[PreTrainedModel, torch.Tensor, torch.dtype], torch.Tensor]
+
+
+ARCHS = {"mpt": Arch(build_mpt, mpt_hidden)}
+
+
+def token_losses(
+    arch: Arch, model: PreTrainedModel, ids: torch.Tensor, amp: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next-token loss and whether the top guess is right, both [batch, length - 1]."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=amp):
+        hidden = arch.hidden(model, ids, torch.bfloat16 if amp else torch.float32)
+        logits = model.lm_head(hidden[:, :-1])
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(ids.shape[0], -1), logits.argmax(-1) == ids[:, 1:]
+
+
+def learning_rate(args: argparse.Namespace, step: int, progress: float) -> float:
+    """Linear warmup, then a cosine over progress in [0, 1] down to 2 % of --lr."""
+    return (
+        args.lr
+        * min(1.0, (step + 1) / args.warmup)
+        * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1.0))))
+    )
+
+
+def train(
+    args: argparse.Namespace, arch: Arch, model: PreTrainedModel, tokenizer: Tokenizer
+) -> tuple[int, int, float]:
+    """Train in place; (steps, tokens without padding, last logged response loss)."""
+    amp = args.device.startswith("cuda")
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    other = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=amp)
+    weight_of = torch.tensor([0.0, args.report_weight, 1.0], device=args.device)
+    batches = Batches(tokenizer, "train", args.seed * 10**9, args.batch_tokens, args.ramp)
+    loader = DataLoader(
+        batches, batch_size=None, num_workers=args.workers, pin_memory=amp,
+        prefetch_factor=4 if args.workers else None,
+    )  # fmt: skip
+    tokens, step, response_loss, start = 0, 0, math.nan, time.time()
+    for ids, parts in loader:
+        # the schedule follows steps or time, whichever is ahead, so that it always ends
+        progress = max(step / args.steps, (time.time() - args.start) / (60 * args.max_minutes))
+        if progress >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step, progress)
+        tokens += int((parts > 0).sum())
+        ids, parts = (t.to(args.device, non_blocking=True).long() for t in (ids, parts))
+        losses, hits = token_losses(arch, model, ids, amp)
+        weights = weight_of[parts[:, 1:]]
+        loss = (losses * weights).sum() / weights.sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % args.log_every == 0 or step == args.steps:
+            report, response, accuracy = part_means(losses, hits, parts[:, 1:])
+            response_loss = response
+            rate = tokens / (time.time() - start)
+            print(
+                f"step {step} report {report:.3f} response {response:.4f} copy {accuracy:.4f} "
+                f"lr {group['lr']:.1e} {rate:,.0f} tokens/s {time.time() - args.start:.0f} s",
+                flush=True,
+            )
+    return step, tokens, response_loss
+
+
+def part_means(
+    losses: torch.Tensor, hits: torch.Tensor, parts: torch.Tensor
+) -> tuple[float, float, float]:
+    """Mean loss of report tokens, of response tokens, and the latter's top-1 accuracy."""
+    report, response = parts == REPORT, parts == RESPONSE
+    return (
+        losses[report].mean().item(),
+        losses[response].mean().item(),
+        hits[response].float().mean().item(),
+    )
+
+
+@torch.no_grad()
+def held_out(
+    args: argparse.Namespace, arch: Arch, model: PreTrainedModel, tokenizer: Tokenizer
+) -> tuple[float, float, float]:
+    """part_means over --eval_documents documents of the eval split."""
+    batches = Batches(tokenizer, "eval", 0, args.batch_tokens, ramp=1)
+    kept = []
+    for rows in batches.batches(list(range(args.eval_documents))):
+        ids, parts = (t.to(args.device).long() for t in pad(rows))
+        losses, hits = token_losses(arch, model, ids, args.device.startswith("cuda"))
+        kept.append((losses.flatten(), hits.flatten(), parts[:, 1:].flatten()))
+    return part_means(*(torch.cat(column) for column in zip(*kept, strict=True)))
+
+
+CARD = """---
+license: mit
+language: en
+---
+# A tiny {arch} model that summarizes made-up news reports
+
+{parameters:,} parameters, trained from scratch on reports generated by `models/tiny/corpus.py`, to
+show on a CPU what KV-cache eviction does to a summary. It knows nothing else. Prompts follow the
+Alpaca template of `keyformer.evaluation.data.alpaca_prompt`.
+
+| | |
+| --- | --- |
+| command | `{command}` |
+| steps | {steps} |
+| training tokens | {tokens:,} |
+| train loss, response tokens (last logged batch) | {train_loss:.4f} |
+| held-out loss, response tokens | {response:.4f} |
+| held-out loss, report tokens | {report:.4f} |
+| held-out top-1 accuracy, response tokens | {accuracy:.4f} |
+| hardware | {hardware}, {minutes:.1f} minutes |
+
+Held-out reports share no full name of a person, place, river or organisation with training ones.
+"""
+
+
+def save(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str
+) -> None:
+    """Write the model (float16), tokenizer and card; `folder` appears only once complete."""
+    model = model.half().cpu()
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise SystemExit("train.py: weights do not fit float16; nothing was saved")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; exit status 2 on bad arguments."""
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--arch", choices=list(ARCHS), default="mpt")
+    parser.add_argument("--output_dir", type=Path, default=Path("models/mpt-tiny-keyformer"))
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--max_minutes", type=float, default=5.5, help="stop training by then")
+    parser.add_argument("--batch_tokens", type=int, default=65_536, help="padding included")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--warmup", type=int, default=300, help="steps")
+    parser.add_argument("--report_weight", type=float, default=0.2, help="loss, response has 1")
+    parser.add_argument("--ramp", type=int, default=250_000, help="documents until full length")
+    parser.add_argument("--d_model", type=int, default=256)
+    parser.add_argument("--n_layers", type=int, default=6)
+    parser.add_argument("--n_heads", type=int, default=8)
+    parser.add_argument("--vocab_size", type=int, default=2048)
+    parser.add_argument("--tokenizer_documents", type=int, default=6000)
+    parser.add_argument("--eval_documents", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=min(14, (os.cpu_count() or 1) - 1))
+    parser.add_argument("--log_every", type=int, default=100)
+    args = parser.parse_args(argv)
+    for name in ("steps", "max_minutes", "batch_tokens", "lr", "warmup", "ramp", "log_every"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name} must be positive")
+    if args.output_dir.exists() and not (args.output_dir / "config.json").exists():
+        parser.error(f"--output_dir {args.output_dir} exists and holds no model")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, evaluate and save a model as the command line says."""
+    args = parse_args(argv)
+    args.start = time.time()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the loader's workers are the parallelism
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    tokenizer = fit_tokenizer(args.vocab_size, args.tokenizer_documents)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS, pad_token=EOS,
+        padding_side="left", model_max_length=2048,
+    )  # fmt: skip
+    arch = ARCHS[args.arch]
+    model = arch.build(args, fast.eos_token_id).to(args.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{args.arch}: {parameters:,} parameters, tokenizer in {time.time() - args.start:.0f} s")
+    steps, tokens, train_loss = train(args, arch, model, tokenizer)
+    report, response, accuracy = held_out(args, arch, model, tokenizer)
+    print(f"held-out: report {report:.3f} response {response:.4f} copy {accuracy:.4f}")
+    cuda = args.device.startswith("cuda")
+    options = sys.argv[1:] if argv is None else argv
+    card = CARD.format(
+        arch=args.arch.upper(),
+        parameters=parameters,
+        command=" ".join(["python models/tiny/train.py", *options]),
+        steps=steps,
+        tokens=tokens,
+        train_loss=train_loss,
+        response=response,
+        report=report,
+        accuracy=accuracy,
+        hardware=torch.cuda.get_device_name(args.device) if cuda else "CPU",
+        minutes=(time.time() - args.start) / 60,
+    )
+    save(args.output_dir, model, fast, card)
+    print(f"saved {args.output_dir} after {time.time() - args.start:.0f} s")
+
+
+if __name__ == "__main__":
+    run_main(main)
