@@ -1,0 +1,31 @@
+"""Write CNN/DailyMail 3.0.0 (news articles, bullet-point highlights) for the summarization task."""
+
+from collections.abc import Sequence
+
+from common import Example, Row, build_parser, export, load_rows
+
+from keyformer.evaluation.flags import run_main
+
+INSTRUCTION = "Summarize the following news article in a few short sentences."
+
+
+def convert(row: Row) -> Example:
+    """One dataset row as an example."""
+    return {"instruction": INSTRUCTION, "input": row["article"], "output": row["highlights"]}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Download and write."""
+    # The validation split, because the MLPerf GPT-J benchmark reports on it.
+    flags = build_parser(__doc__, "abisee/cnn_dailymail", "validation").parse_args(argv)
+    export(
+        flags,
+        "cnndm_eval.json",
+        lambda: load_rows(flags.dataset_path, flags.split, config="3.0.0"),
+        ("article", "highlights"),
+        convert,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
