@@ -1,0 +1,100 @@
+"""Algorithm 1 of the paper, one head of one sequence, on plain lists.
+
+Written from the paper alone, quadratic and slow: every query walks over every token it can
+see, and eviction picks survivors one at a time. Nothing here looks at keyformer.cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Token:
+    """One cached token: f_theta is its accumulated score (section 3.3.2)."""
+
+    position: int
+    key: list[float]
+    value: list[float]
+    f_theta: float = 0.0
+
+
+@dataclass
+class Head:
+    """One head's cache: k tokens, of which the w most recent and the sinks are safe."""
+
+    k: int
+    w: int
+    sinks: int
+    scale: float
+    slope: float
+    noise: Callable[[int, int], float]
+    """zeta for a query position and a key position (Eq. 4)."""
+    tokens: list[Token] = field(default_factory=list)
+    seen: int = 0
+
+    def step(self, queries, keys, values, tau: float) -> list[list[float]]:
+        """Attend with new tokens (a prompt or a single one), score, evict; the outputs.
+
+        ``queries``, ``keys`` and ``values`` hold a list of vectors for each query head that
+        shares this key/value head: queries[g][i], keys[i], values[i].
+        """
+        outputs = [[] for _ in queries]
+        for i in range(len(keys)):
+            self.tokens.append(Token(self.seen, keys[i], values[i]))
+            self.seen += 1
+        first_new = len(self.tokens) - len(keys)
+        for i in range(len(keys)):
+            here = self.tokens[first_new + i].position
+            visible = [t for t in self.tokens if t.position <= here]
+            for g, group in enumerate(queries):
+                x = [
+                    self.scale * sum(a * b for a, b in zip(group[i], t.key, strict=True))
+                    + self.slope_of(g) * (t.position - here)
+                    for t in visible
+                ]
+                attention = softmax(x)
+                outputs[g].append(
+                    [
+                        sum(p * t.value[c] for p, t in zip(attention, visible, strict=True))
+                        for c in range(len(values[i]))
+                    ]
+                )
+                y = [
+                    a + self.noise_of(g)(here, t.position) for a, t in zip(x, visible, strict=True)
+                ]
+                for t, f in zip(visible, softmax([b / tau for b in y]), strict=True):
+                    t.f_theta += f
+        self.evict()
+        return outputs
+
+    def slope_of(self, group: int) -> float:
+        return self.slope[group] if isinstance(self.slope, list) else self.slope
+
+    def noise_of(self, group: int) -> Callable[[int, int], float]:
+        return self.noise[group] if isinstance(self.noise, list) else self.noise
+
+    def evict(self) -> None:
+        """S_w: the recent window. S_key: the best of the rest. Keep their union."""
+        recent = [t for t in self.tokens if t.position >= self.seen - self.w]
+        sinks = [t for t in self.tokens if t.position < self.sinks and t not in recent]
+        rest = [t for t in self.tokens if t not in recent and t not in sinks]
+        kept = recent + sinks
+        while rest and len(kept) < self.k:
+            best = rest[0]
+            for t in rest:
+                if t.f_theta > best.f_theta:  # of two equals the older one stays
+                    best = t
+            rest.remove(best)
+            kept.append(best)
+        self.tokens = sorted(kept, key=lambda t: t.position)
+
+
+def softmax(logits: list[float]) -> list[float]:
+    """exp(x_i) / sum_j exp(x_j)."""
+    top = max(logits)
+    powers = [math.exp(x - top) for x in logits]
+    total = sum(powers)
+    return [p / total for p in powers]

@@ -1,0 +1,261 @@
+"""summarize.py and compare.py from flags to files, on a small random checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from originals import write_mpt
+
+from keyformer import KeyformerCache
+from keyformer.config import METHODS
+from keyformer.evaluation.flags import run_main
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(name: str):
+    """A script of summarization/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "summarization" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+summarize = script("summarize")
+compare = script("compare")
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> Path:
+    return write_mpt(tmp_path_factory.mktemp("summarize") / "mpt", "safetensors")
+
+
+@pytest.fixture(scope="module")
+def dataset_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "eval.json"
+    words = ["the", "key", "tokens", "and", "recent", "ones", "stay", "while", "others", "leave"]
+    items = [
+        {
+            "instruction": "Sum up.",
+            "input": " ".join(words[(i + j * j) % len(words)] for j in range(8 + 11 * i)),
+            "output": "the key tokens. the recent tokens.",
+        }
+        for i in range(5)
+    ]
+    path.write_text(json.dumps(items))
+    return path
+
+
+@pytest.fixture
+def run(model_path, dataset_path, tmp_path, monkeypatch):
+    """A function that runs summarize.py with more flags; its scores and summaries."""
+
+    def run_with(*flags: str):
+        out = {"save_path": tmp_path / "s.txt", "score_path": tmp_path / "s.json"}
+        argv = ["--model_path", str(model_path), "--dataset_path", str(dataset_path)]
+        argv += [part for name, path in out.items() for part in (f"--{name}", str(path))]
+        argv += ["--device", "cpu", "--max_new_tokens", "5", *flags]
+        summarize.main(argv)
+        scores = json.loads(out["score_path"].read_text())
+        return scores, out["save_path"].read_text().splitlines()
+
+    return run_with
+
+
+@pytest.fixture
+def caches(monkeypatch) -> list[KeyformerCache]:
+    """Every cache that a run makes."""
+    made = []
+    init = KeyformerCache.__init__
+
+    def keep(self, *args, **kwargs) -> None:
+        init(self, *args, **kwargs)
+        made.append(self)
+
+    monkeypatch.setattr(KeyformerCache, "__init__", keep)
+    return made
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batch", [["--bs", "1"], ["--bs", "4", "--beam", "4", "--early_stopping"]])
+@pytest.mark.parametrize("kv_cache", ["20", "90"])
+def test_every_method_keeps_its_budget(run, caches, method, batch, kv_cache) -> None:
+    scores, lines = run("--attention", method, "--kv_cache", kv_cache, *batch)
+    assert len(lines) == 5
+    assert scores["method"] == method
+    assert scores["gen_num"] == 5 and scores["gen_len"] >= 0
+    for name in ("rouge1", "rouge2", "rougeL", "rougeLsum"):
+        assert 0 <= scores[name] <= 100
+    for name in ("command", "config", "versions", "device", "commit", "seconds"):
+        assert name in scores
+    assert scores["peak_memory_bytes"] > 0 and scores["tokens_per_second"] > 0
+    assert scores["kv_bytes_prompt"] <= scores["kv_bytes_end"]
+    if method != "full":
+        assert scores["kv_bytes_prompt"] == scores["kv_bytes_end"]
+    for cache in caches:
+        for layer in cache.layers:
+            budgets = layer._budget[:, None].expand(-1, layer.positions.shape[1])
+            filled = (layer.positions >= 0).sum(-1)
+            seen = layer.positions.amax((1, 2)) + 1
+            assert torch.equal(filled, torch.minimum(budgets, seen[:, None]))
+
+
+def test_half_the_cache_holds_half_the_bytes(run) -> None:
+    full, _ = run("--attention", "full", "--min_gen_length", "5")
+    half, _ = run("--keyformer", "--kv_cache", "50", "--min_gen_length", "5")
+    assert half["method"] == "keyformer"
+    assert half["kv_bytes_end"] < 0.5 * full["kv_bytes_end"]
+
+
+def test_flags_reach_generation(run, monkeypatch) -> None:
+    scores, lines = run(
+        *("--num_return_sequences", "2", "--do_sample", "--temperature", "0.7"),
+        *("--top_k", "9", "--top_p", "0.9", "--output_sequence_scores", "--n_obs", "3"),
+        *("--no_repeat_ngram_size", "2", "--repetition_penalty", "1.2", "--min_gen_length", "5"),
+    )
+    assert len(lines) == 6 and scores["gen_num"] == 6
+    assert [len(several) for several in scores["sequence_scores"]] == [2, 2, 2]
+    assert all(value < 0 for several in scores["sequence_scores"] for value in several)
+    assert scores["gen_tokens"] == 30
+    again, _ = run("--max_gen_length", "1", "--min_gen_length", "1")
+    assert again["gen_tokens"] == 5  # a prompt at its limit still gives one token
+    _, lines = run("--no-output_summaries_only", "--include_special_tokens")
+    assert all("### Response:" in line for line in lines)
+
+
+def test_seed_decides_sampling_and_noise(run) -> None:
+    flags = ("--do_sample", "--keyformer", "--kv_cache", "40", "--seed")
+    assert run(*flags, "1")[1] == run(*flags, "1")[1]
+    assert run(*flags, "1")[1] != run(*flags, "2")[1]
+
+
+def test_eos_token_ends_a_summary(run) -> None:
+    scores, _ = run("--bs", "5", "--max_new_tokens", "30", "--min_gen_length", "30")
+    assert scores["gen_tokens"] == 150
+    for token in range(320):
+        ended, _ = run("--max_new_tokens", "30", "--eos_token_id", str(token))
+        if ended["gen_tokens"] < 150:
+            return
+    raise AssertionError("no token ended any summary")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--max_tokenizer_length", "300"],
+        ["--no_truncation"],
+        ["--padding", "max_length", "--max_tokenizer_length", "600", "--bs", "3"],
+        ["--padding_side", "right", "--bs", "3"],
+    ],
+)
+def test_prompt_lengths(run, caches, flags) -> None:
+    run(*flags, "--keyformer", "--kv_cache", "50")
+    seen = [cache.get_seq_length() - 4 for cache in caches]
+    if "300" in flags:
+        assert max(seen) <= 300
+    if "600" in flags:
+        assert set(seen) == {600}
+    assert len(seen) == (2 if "--bs" in flags else 5)
+
+
+@pytest.mark.parametrize("which", ["--save_attentions", "--save_prompt_attentions"])
+def test_attentions_are_saved_without_pickle(run, tmp_path, which: str) -> None:
+    run(which, "--attentions_path", str(tmp_path / "att"), "--keyformer", "--n_obs", "2")
+    files = sorted((tmp_path / "att").iterdir())
+    assert [file.name for file in files] == ["000000.npz", "000001.npz"]
+    with np.load(files[0], allow_pickle=False) as saved:
+        steps = {name.split("_")[0] for name in saved.files}
+        assert saved["step0001_layer00_positions" if len(steps) > 1 else saved.files[1]].ndim == 3
+    assert ("step0000" in steps) == (which == "--save_prompt_attentions")
+    assert len(steps) == (4 if which == "--save_attentions" else 1)
+
+
+BAD = [
+    (["--kv_cache", "0"], "kv_cache"),
+    (["--kv_cache", "101", "--attention", "full"], "101"),
+    (["--kv_cache", "nan"], "nan"),
+    (["--recent", "-1"], "recent"),
+    (["--recent", "100.5", "--attention", "window"], "100.5"),
+    (["--tau_init", "0"], "tau_init"),
+    (["--tau_end", "-2", "--keyformer"], "tau_end"),
+    (["--kv_budget", "0"], "kv_budget"),
+    (["--keyformer", "--attention", "h2o"], "h2o"),
+    (["--attention", "snapkv"], "snapkv"),
+    (["--bs", "0"], "--bs"),
+    (["--bs", "two"], "two"),
+    (["--beam", "0"], "--beam"),
+    (["--n_obs", "6"], "from 1 to 5"),
+    (["--n_obs", "0"], "from 1 to 5"),
+    (["--temperature", "0.5"], "--do_sample"),
+    (["--do_sample", "--top_p", "1.5"], "1.5"),
+    (["--num_return_sequences", "2"], "--beam"),
+    (["--min_gen_length", "9"], "--max_new_tokens 5"),
+    (["--max_tokenizer_length", "3"], "max_tokenizer_length 3"),
+    (["--padding", "max_length", "--no_truncation"], "--no_truncation"),
+    (["--no-causal_lm"], "encoder-decoder"),
+    (["--model_parallelize"], "--device"),
+    (["--task", "translation"], "translation"),
+    (["--dtype", "float8"], "float8"),
+    (["--device", "cuda:99"], "cuda:99"),
+    (["--device", "toaster"], "toaster"),
+    (["--dataset_path", "nowhere.json"], "nowhere.json"),
+    (["--model_path", "nowhere/model"], "nowhere/model"),
+    (["--save_path", "{file}/s.txt"], "file"),
+    (["--score_path", "{folder}"], "it is a folder"),
+    (["--save_attentions", "--attentions_path", "{file}"], "file"),
+    (["--save_path", "{file}/s.txt", "--model_path", "nowhere"], "cannot write"),
+    (["--no_such_flag"], "no_such_flag"),
+]
+
+
+@pytest.mark.parametrize(("flags", "says"), BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    flags, says, model_path, dataset_path, tmp_path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "scores.json").write_text("kept")
+    places = {"file": tmp_path / "file", "folder": tmp_path}
+    argv = ["--model_path", str(model_path), "--dataset_path", str(dataset_path)]
+    argv += ["--save_path", str(tmp_path / "s.txt"), "--score_path", str(tmp_path / "scores.json")]
+    argv += ["--device", "cpu", "--max_new_tokens", "5", *(f.format(**places) for f in flags)]
+    monkeypatch.setattr(sys, "argv", ["summarize.py", *argv])
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda _: summarize.main(argv))
+    printed = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in printed if "Loading weights" not in line]  # its progress bar
+    assert stopped.value.code == 2
+    assert len(lines) == 1 and says in lines[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "scores.json"]
+    assert (tmp_path / "scores.json").read_text() == "kept"
+
+
+def test_compare_prints_methods_side_by_side(model_path, dataset_path, tmp_path, capsys) -> None:
+    record = tmp_path / "record.json"
+    compare.main(
+        [
+            *("--model_path", str(model_path), "--dataset_path", str(dataset_path)),
+            *("--device", "cpu", "--methods", "full", "h2o", "keyformer", "--kv_cache", "30", "60"),
+            *("--seeds", "0", "1", "--max_new_tokens", "4", "--show", "2"),
+            *("--record", str(record)),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert printed.count("reference: the key tokens.") == 2
+    rows = json.loads(record.read_text())["rows"]
+    assert [(row["method"], row["kv_cache"], row["seed"]) for row in rows] == [
+        ("full", 100, 0),
+        ("h2o", 30, 0),
+        ("h2o", 60, 0),
+        ("keyformer", 30, 0),
+        ("keyformer", 30, 1),
+        ("keyformer", 60, 0),
+        ("keyformer", 60, 1),
+    ]
+    sizes = [row["kv_bytes_end"] for row in rows]
+    assert sizes[1] == sizes[3] < sizes[2] == sizes[5] < sizes[0]
