@@ -223,7 +223,7 @@ def test_no_tensor_grows_with_the_square_of_the_prompt(evicting, monkeypatch) ->
                 self.elements = max(self.elements, out.numel())
             return out
 
-    monkeypatch.setattr(keyformer.attention, "CHUNK_ELEMENTS", 2**14)
+    monkeypatch.setitem(keyformer.attention.CHUNK_ELEMENTS, "cpu", 2**14)
     model = evicting(KeyformerConfig(kv_cache=50, seed=0))
     n = 1500
     with torch.no_grad(), Largest() as largest:

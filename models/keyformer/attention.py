@@ -9,8 +9,9 @@ from torch import Tensor
 
 from keyformer.score import Scorer
 
-CHUNK_ELEMENTS = 2**23
-"""Logits held at a time. Chunks of queries keep memory linear in the prompt's length."""
+CHUNK_ELEMENTS = {"cpu": 2**20, "gpu": 2**23}
+"""Logits held at a time, in queries times keys over batch and heads: chunks of queries keep
+memory linear in the prompt's length. On a CPU a chunk should stay in its cache."""
 
 
 @dataclass
@@ -100,7 +101,8 @@ def attention(
     scores = query.new_zeros(batch, kv_heads, held + queries, dtype=torch.float32)
     all_positions = torch.cat([slots.positions, new.positions], dim=-1)
     outputs, weights = [], []
-    chunk = max(1, CHUNK_ELEMENTS // (batch * heads * (held + queries)))
+    chunk_elements = CHUNK_ELEMENTS["cpu" if query.device.type == "cpu" else "gpu"]
+    chunk = max(1, chunk_elements // (batch * heads * (held + queries)))
     for start in range(0, queries, chunk):
         end = min(start + chunk, queries)
         seen = new[:end]
