@@ -100,7 +100,9 @@ def attention(
         alibi_slopes = alibi_slopes.view(kv_heads, group, 1, 1)
     scores = query.new_zeros(batch, kv_heads, held + queries, dtype=torch.float32)
     all_positions = torch.cat([slots.positions, new.positions], dim=-1)
-    outputs, weights = [], []
+    # Filled in place: small results kept between large temporaries would fragment the heap.
+    output = torch.empty_like(query)
+    weights = []
     chunk_elements = CHUNK_ELEMENTS["cpu" if query.device.type == "cpu" else "gpu"]
     chunk = max(1, chunk_elements // (batch * heads * (held + queries)))
     for start in range(0, queries, chunk):
@@ -121,8 +123,8 @@ def attention(
 
         probability = torch.softmax(logits, dim=-1)
         mixed = probability.to(new.values.dtype).flatten(2, 3)
-        output = mixed[..., :held] @ slots.values + mixed[..., held:] @ seen.values
-        outputs.append(output.view(batch, kv_heads, group, end - start, head_dim))
+        mean = mixed[..., :held] @ slots.values + mixed[..., held:] @ seen.values
+        output[:, :, :, start:end] = mean.view(batch, kv_heads, group, end - start, head_dim)
         if scorer is not None:
             given = scorer(logits, asked_from, positions)
             is_padding = (asked_from < 0)[:, None, None, :, None]
@@ -132,7 +134,7 @@ def attention(
             unseen = queries - end
             weights.append(torch.nn.functional.pad(probability.flatten(1, 2), (0, unseen)))
     return Attended(
-        output=torch.cat(outputs, dim=3).flatten(1, 2),
+        output=output.flatten(1, 2),
         positions=all_positions,
         scores=scores if scorer is not None else None,
         weights=torch.cat(weights, dim=2) if output_weights else None,
