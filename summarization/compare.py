@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_writable(flags.record)
     settings = list(rows(flags))
     items = sample(load_items(flags.dataset_path, TASK), flags.n_obs, seed=0)
-    references = [item[TASK.reference] for item in items]
+    references = [TASK.reference(item) for item in items]
     model, tokenizer = load(flags)
     prompts = [make_prompt(item, TASK, tokenizer) for item in items]
 

@@ -42,10 +42,13 @@ def test_json_list_and_json_lines(tmp_path, lines: bool) -> None:
         ('["a"]', "item 0"),
         (
             json.dumps([*ITEMS, {"instruction": "", "input": "x"}]),
-            "item 20: field 'output' is missing",
+            "item 20 lacks the field 'output'",
         ),
-        (json.dumps([{**ITEMS[0], "output": None}]), "item 0: field 'output' is not text"),
-        (json.dumps([ITEMS[0], {**ITEMS[0], "input": " \n"}]), "item 1: field 'input' is empty"),
+        (
+            json.dumps([{**ITEMS[0], "output": None}]),
+            "item 0 has a field 'output' that is not text",
+        ),
+        (json.dumps([ITEMS[0], {**ITEMS[0], "input": " \n"}]), "item 1 has an empty field 'input'"),
         (b"\xff\xfe\x00", "codec"),
     ],
 )

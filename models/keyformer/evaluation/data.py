@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from keyformer.config import InputError
 
+Item = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -20,20 +22,21 @@ class Task:
 
     Attributes
     ----------
-    fields
+    texts
         The fields every item must have, as strings.
+    lists
+        The fields every item must have, as lists of strings, all equally long.
     document
-        The field that may not be empty and is cut where a prompt is too long.
-    reference
-        The field that the generated text is scored against.
-    prompt
-        Makes the prompt of an item.
+        The field of ``texts`` that may not be empty and is cut where a prompt is too long.
+    prompt, reference
+        Make an item's prompt, and the text that what is generated is scored against.
     """
 
-    fields: tuple[str, ...]
+    texts: tuple[str, ...]
+    lists: tuple[str, ...]
     document: str
-    reference: str
-    prompt: Callable[[dict[str, str]], str]
+    prompt: Callable[[Item], str]
+    reference: Callable[[Item], str]
 
 
 def alpaca_prompt(instruction: str, input: str) -> str:
@@ -45,24 +48,53 @@ def alpaca_prompt(instruction: str, input: str) -> str:
     )
 
 
+def dialogue_opening(narrative: str, speakers: Sequence[str]) -> str:
+    """The situation and the instruction to continue; the response begins with a turn."""
+    names = " and ".join(dict.fromkeys(speakers))
+    return alpaca_prompt(f"Continue the dialogue between {names}.", narrative)
+
+
+def dialogue_prompt(item: Item) -> str:
+    """The opening and the first turn, after which the next speaker's name is expected."""
+    return dialogue_opening(item["narrative"], item["speakers"]) + _turns(item, slice(0, 1)) + "\n"
+
+
+def dialogue_reference(item: Item) -> str:
+    """The turns after the first, one a line."""
+    return _turns(item, slice(1, None))
+
+
+def _turns(item: Item, part: slice) -> str:
+    spoken = zip(item["speakers"][part], item["dialogue"][part], strict=True)
+    return "\n".join(f"{speaker}: {turn}" for speaker, turn in spoken)
+
+
 TASKS = {
     "summarization": Task(
-        fields=("instruction", "input", "output"),
+        texts=("instruction", "input", "output"),
+        lists=(),
         document="input",
-        reference="output",
         prompt=lambda item: alpaca_prompt(item["instruction"], item["input"]),
-    )
+        reference=lambda item: item["output"],
+    ),
+    "conversation": Task(
+        texts=("narrative",),
+        lists=("dialogue", "speakers"),
+        document="narrative",
+        prompt=dialogue_prompt,
+        reference=dialogue_reference,
+    ),
 }
 
 
-def load_items(path: str | Path, task: Task) -> list[dict[str, str]]:
+def load_items(path: str | Path, task: Task) -> list[Item]:
     """Read a dataset: a JSON list of objects, or one JSON object a line.
 
     Raises
     ------
     InputError
-        If the file is missing, empty or not JSON, or an item lacks a field or has an
-        empty document; the message says which item, counted from 0.
+        If the file is missing, empty or not JSON, or an item lacks a field or has one of
+        another kind or an empty document; the message says which item, counted from 0.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -72,15 +104,33 @@ def load_items(path: str | Path, task: Task) -> list[dict[str, str]]:
     if not items:
         raise InputError(f"the dataset {path} is empty")
     for index, item in enumerate(items):
-        if not isinstance(item, dict):
-            raise InputError(f"{path}: item {index} is not an object with {_names(task)}")
-        for name in task.fields:
-            if not isinstance(item.get(name), str):
-                what = "is not text" if name in item else "is missing"
-                raise InputError(f"{path}: item {index}: field {name!r} {what}")
-        if not item[task.document].strip():
-            raise InputError(f"{path}: item {index}: field {task.document!r} is empty")
+        problem = _problem(item, task)
+        if problem:
+            raise InputError(f"{path}: item {index} {problem}")
     return items
+
+
+def _problem(item: Any, task: Task) -> str | None:
+    """What is wrong with an item, or None."""
+    if not isinstance(item, dict):
+        return f"is not an object with {', '.join(task.texts + task.lists)}"
+    for name in task.texts + task.lists:
+        if name not in item:
+            return f"lacks the field {name!r}"
+    for name in task.texts:
+        if not isinstance(item[name], str):
+            return f"has a field {name!r} that is not text"
+    for name in task.lists:
+        if not isinstance(item[name], list) or not all(isinstance(x, str) for x in item[name]):
+            return f"has a field {name!r} that is not a list of texts"
+    lengths = {len(item[name]) for name in task.lists}
+    if len(lengths) > 1:
+        return f"has fields of unequal length: {', '.join(task.lists)}"
+    if lengths and min(lengths) < 2:
+        return f"has fewer than two turns in {task.lists[0]!r}"
+    if not item[task.document].strip():
+        return f"has an empty field {task.document!r}"
+    return None
 
 
 def _parse(text: str, path: str | Path) -> list[Any]:
@@ -101,10 +151,6 @@ def _parse(text: str, path: str | Path) -> list[Any]:
     return items
 
 
-def _names(task: Task) -> str:
-    return ", ".join(task.fields)
-
-
 def sample(items: Sequence[Any], n_obs: int | None, seed: int) -> list[Any]:
     """``n_obs`` items drawn at random without replacement, in their order; None is all.
 
@@ -122,7 +168,7 @@ def sample(items: Sequence[Any], n_obs: int | None, seed: int) -> list[Any]:
 
 
 def make_prompt(
-    item: dict[str, str],
+    item: Item,
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None = None,

@@ -96,7 +96,7 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
         **flag.generate_options(flags),
     )
     result = {
-        **summary(generated, [item[task.reference] for item in items]),
+        **summary(generated, [task.reference(item) for item in items]),
         "model": flags.model_name if not flags.model_path else Path(flags.model_path).name,
         "task": flags.task,
         "method": method,
