@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
-@dataclass
+@dataclass(eq=False)
 class Token:
     """One cached token: f_theta is its accumulated score (section 3.3.2)."""
 
@@ -32,6 +32,10 @@ class Head:
     slope: float
     noise: Callable[[int, int], float]
     """zeta for a query position and a key position (Eq. 4)."""
+    new_positions: bool = False
+    """Whether places are those in the short sequence of the tokens left."""
+    rotates: bool = False
+    """Whether queries and keys are rotated to their places (RoPE)."""
     tokens: list[Token] = field(default_factory=list)
     seen: int = 0
 
@@ -49,10 +53,15 @@ class Head:
         for i in range(len(keys)):
             here = self.tokens[first_new + i].position
             visible = [t for t in self.tokens if t.position <= here]
+            place = self.place(visible[-1])
             for g, group in enumerate(queries):
+                query = self.turned(group[i], place)
                 x = [
-                    self.scale * sum(a * b for a, b in zip(group[i], t.key, strict=True))
-                    + self.slope_of(g) * (t.position - here)
+                    self.scale
+                    * sum(
+                        a * b for a, b in zip(query, self.turned(t.key, self.place(t)), strict=True)
+                    )
+                    + self.slope_of(g) * (self.place(t) - place)
                     for t in visible
                 ]
                 attention = softmax(x)
@@ -69,6 +78,14 @@ class Head:
                     t.f_theta += f
         self.evict()
         return outputs
+
+    def place(self, token: Token) -> int:
+        """Where the model's position scheme sees a token: the short sequence is rebuilt."""
+        return self.tokens.index(token) if self.new_positions else token.position
+
+    def turned(self, vector: list[float], place: int) -> list[float]:
+        """The vector's pairs as complex numbers, each turned by the place times its frequency."""
+        return rotate(vector, place) if self.rotates else vector
 
     def slope_of(self, group: int) -> float:
         return self.slope[group] if isinstance(self.slope, list) else self.slope
@@ -90,6 +107,16 @@ class Head:
             rest.remove(best)
             kept.append(best)
         self.tokens = sorted(kept, key=lambda t: t.position)
+
+
+def rotate(vector: list[float], place: int) -> list[float]:
+    """RoPE on neighbouring pairs, frequencies 10000 ** (-2 j / d)."""
+    turned = []
+    for j in range(0, len(vector), 2):
+        angle = place * 10000 ** (-j / len(vector))
+        number = complex(vector[j], vector[j + 1]) * complex(math.cos(angle), math.sin(angle))
+        turned += [number.real, number.imag]
+    return turned
 
 
 def softmax(logits: list[float]) -> list[float]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Head
+from oracle import Head, rotate
 from transformers import PreTrainedConfig
 
 import keyformer.attention
@@ -30,6 +30,7 @@ class Case:
     later: list[int]  # tokens of each forward after it, the same for all sequences
     alibi: bool
     seed: int
+    rotates: bool = False
     head_dim: int = 4
 
     def __post_init__(self) -> None:
@@ -75,6 +76,7 @@ class Case:
                 self.real(start, end),
                 scale=self.scale,
                 alibi_slopes=self.slopes,
+                rotary=rotary if self.rotates else None,
             )
             yield cache, (start, end), attended.output
 
@@ -103,7 +105,16 @@ class Case:
             scale=self.scale,
             slope=[float(self.slopes[h]) if self.alibi else 0.0 for h in shared],
             noise=[lambda q, i, h=h: float(zeta[row, h, q, i]) for h in shared],
+            new_positions=self.config.positions == "new",
+            rotates=self.rotates,
         )
+
+
+def rotary(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """oracle.rotate of every vector, on tensors."""
+    frequencies = 10000 ** (-torch.arange(0, x.shape[-1], 2) / x.shape[-1])
+    turn = torch.polar(torch.ones(()), places[..., None] * frequencies)
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
 configs = st.builds(
@@ -114,6 +125,7 @@ configs = st.builds(
     tau_init=st.floats(0.5, 2),
     tau_end=st.floats(0.5, 3),
     noise=st.sampled_from(["gumbel", "gaussian", "constant", "none"]),
+    positions=st.sampled_from(["original", "new"]),
     sinks=st.sampled_from([0, 0, 1, 4]),
     seed=st.integers(0, 2**40),
 )
@@ -125,6 +137,7 @@ cases = st.builds(
     prompts=st.lists(st.integers(1, 14), min_size=1, max_size=3),
     later=st.lists(st.sampled_from([1, 1, 1, 2, 5]), max_size=6),
     alibi=st.booleans(),
+    rotates=st.booleans(),
     seed=st.integers(0, 2**20),
 )
 
@@ -163,9 +176,10 @@ def check_slots(layer, row: int, h: int, head: Head, scored: bool) -> None:
     order = positions[filled].argsort()
     assert positions[filled][order].tolist() == [t.position for t in head.tokens]
     assert int(filled.sum()) == min(head.seen, head.k)
-    keys = torch.tensor([t.key for t in head.tokens])
+    stored_rotated = head.rotates and not head.new_positions
+    keys = [rotate(t.key, t.position) if stored_rotated else t.key for t in head.tokens]
     values = torch.tensor([t.value for t in head.tokens])
-    assert torch.equal(layer.keys[row, h][filled][order], keys)
+    assert torch.allclose(layer.keys[row, h][filled][order], torch.tensor(keys), atol=1e-5)
     assert torch.equal(layer.values[row, h][filled][order], values)
     if scored:
         scores = torch.tensor([t.f_theta for t in head.tokens])

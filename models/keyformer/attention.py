@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from keyformer.score import Scorer
+
+Rotary = Callable[[Tensor, Tensor], Tensor]
+"""Rotates (batch, heads, tokens, head_dim) by places (batch, heads or 1, tokens) int64."""
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "gpu": 2**23}
 """Logits held at a time, in queries times keys over batch and heads: chunks of queries keep
@@ -23,15 +27,28 @@ class Tokens:
     keys, values
         (batch, kv_heads, tokens, head_dim), the model's dtype.
     positions
-        (batch, kv_heads, tokens) int64, position in the text, -1 for an empty place.
+        (batch, kv_heads, tokens) int64, position in the text, -1 for an empty slot or padding.
+    places
+        The same shape: the position that the model's position scheme is told, that in the
+        text or the rank among the tokens left. Their order is that of ``positions``.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
+    places: Tensor
 
     def __getitem__(self, part: slice) -> Tokens:
-        return Tokens(self.keys[:, :, part], self.values[:, :, part], self.positions[:, :, part])
+        return Tokens(
+            self.keys[:, :, part],
+            self.values[:, :, part],
+            self.positions[:, :, part],
+            self.places[:, :, part],
+        )
+
+    def rotated(self, rotary: Rotary) -> Tokens:
+        """These tokens with keys rotated to their places."""
+        return replace(self, keys=rotary(self.keys, self.places))
 
 
 @dataclass
@@ -60,7 +77,6 @@ class Attended:
 
 def attention(
     query: Tensor,
-    query_positions: Tensor,
     slots: Tokens,
     new: Tokens,
     *,
@@ -72,21 +88,20 @@ def attention(
     """Attend from new tokens to cached slots and, causally, to each other.
 
     The output uses the plain softmax of x (Eq. 4); noise and temperature touch only the
-    scores. A key is seen by every query at its own or a later position. Padding queries
-    (position -1) get an arbitrary output and give no score.
+    scores. A key is seen by every query at its own or a later place. Padding queries
+    (place -1) get an arbitrary output and give no score.
 
     Parameters
     ----------
     query
-        (batch, heads, queries, head_dim); heads is a multiple of kv_heads.
-    query_positions
-        (batch, queries) int64, -1 for padding; increasing apart from padding.
+        (batch, heads, queries, head_dim), one of each new token; heads is a multiple of
+        kv_heads.
     slots, new
-        Cached tokens in any order, and one new token for each query.
+        Cached tokens in any order, and the new ones in theirs, alike in all heads.
     scale
         Factor of the query-key products, 1 / sqrt(head_dim) in Eq. 4.
     alibi_slopes
-        (heads,) float32: adds slope * (key position - query position) to the logits.
+        (heads,) float32: adds slope * (key place - query place) to the logits.
     scorer
         Ranks the tokens; None where nothing is ranked.
     output_weights
@@ -95,11 +110,13 @@ def attention(
     batch, heads, queries, head_dim = query.shape
     kv_heads, held = slots.positions.shape[1:]
     group = heads // kv_heads
-    query = query.view(batch, kv_heads, group, queries, head_dim)
+    # Scaled before the product, which in float16 could otherwise overflow.
+    query = (query * scale).view(batch, kv_heads, group, queries, head_dim)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.view(kv_heads, group, 1, 1)
     scores = query.new_zeros(batch, kv_heads, held + queries, dtype=torch.float32)
     all_positions = torch.cat([slots.positions, new.positions], dim=-1)
+    all_places = torch.cat([slots.places, new.places], dim=-1)
     # Filled in place: small results kept between large temporaries would fragment the heap.
     output = torch.empty_like(query)
     weights = []
@@ -109,16 +126,16 @@ def attention(
         end = min(start + chunk, queries)
         seen = new[:end]
         asker = query[:, :, :, start:end].flatten(2, 3)
-        asked_from = query_positions[:, start:end]
-        positions = all_positions[..., : held + end]
+        asked_from = new.places[:, 0, start:end]
+        places = all_places[..., : held + end]
 
         # Two products instead of one over joined keys: joining would copy the whole cache.
         logits = torch.cat([asker @ t.keys.transpose(2, 3) for t in (slots, seen)], dim=-1)
-        logits = logits.view(batch, kv_heads, group, end - start, held + end).float() * scale
-        distance = positions[:, :, None, None, :] - asked_from[:, None, None, :, None]
+        logits = logits.view(batch, kv_heads, group, end - start, held + end).float()
+        distance = places[:, :, None, None, :] - asked_from[:, None, None, :, None]
         if alibi_slopes is not None:
             logits = logits + alibi_slopes * distance
-        hidden = (distance > 0) | (positions < 0)[:, :, None, None, :]
+        hidden = (distance > 0) | (places < 0)[:, :, None, None, :]
         logits = logits.masked_fill(hidden, torch.finfo(torch.float32).min)
 
         probability = torch.softmax(logits, dim=-1)
@@ -126,7 +143,8 @@ def attention(
         mean = mixed[..., :held] @ slots.values + mixed[..., held:] @ seen.values
         output[:, :, :, start:end] = mean.view(batch, kv_heads, group, end - start, head_dim)
         if scorer is not None:
-            given = scorer(logits, asked_from, positions)
+            asked_at = new.positions[:, 0, start:end]
+            given = scorer(logits, asked_at, all_positions[..., : held + end])
             is_padding = (asked_from < 0)[:, None, None, :, None]
             given = given.masked_fill(is_padding, 0.0)
             scores[..., : held + end] += given.sum(dim=(2, 3))

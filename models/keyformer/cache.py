@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from keyformer.attention import Attended, Tokens, attention
+from keyformer.attention import Attended, Rotary, Tokens, attention
 from keyformer.config import KeyformerConfig
 from keyformer.score import Scorer, temperature
 
@@ -65,7 +65,7 @@ class KeyformerLayer(CacheLayerMixin):
         self._seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.is_initialized = True
 
-    def place(self, key: Tensor, value: Tensor, real: Tensor) -> Tensor:
+    def place(self, key: Tensor, value: Tensor, real: Tensor) -> Tokens:
         """Count new tokens in, and on the first prompt fix each sequence's budget.
 
         Parameters
@@ -77,52 +77,112 @@ class KeyformerLayer(CacheLayerMixin):
 
         Returns
         -------
-        Tensor
-            (batch, tokens) int64, their positions in the text, -1 for padding.
+        Tokens
+            The new tokens with their positions and places.
         """
         is_prompt = not self.is_initialized or key.shape[2] > 1
         if not self.is_initialized:
             self.lazy_initialization(key, value)
             self._set_budgets(real)
+        real = real.to(self.device)
+        count = real.cumsum(dim=-1)
+        positions = (self._seen[:, None] + count - 1).masked_fill(~real, -1)
+        places = self.next_places(real)
+        self._seen = self._seen + count[:, -1]
         self._length += key.shape[2]
         self.step = 0 if is_prompt else self.step + 1
         if is_prompt:
             self.prompt_end = self._length
-        real = real.to(self.device)
-        count = real.cumsum(dim=-1)
-        positions = (self._seen[:, None] + count - 1).masked_fill(~real, -1)
-        self._seen = self._seen + count[:, -1]
-        return positions
+        by_head = (slice(None), None, slice(None))
+        shape = key.shape[:3]
+        return Tokens(key, value, positions[by_head].expand(shape), places[by_head].expand(shape))
+
+    def next_places(self, real: Tensor) -> Tensor:
+        """The places of new tokens: after the text so far, or after the filled slots.
+
+        Parameters
+        ----------
+        real
+            (batch, tokens) bool, False for padding.
+
+        Returns
+        -------
+        Tensor
+            (batch, tokens) int64, -1 for padding.
+        """
+        places = real.cumsum(dim=-1) - 1
+        if self.is_initialized:
+            places = places + self._first_place()[:, None].to(real.device)
+        return places.masked_fill(~real, -1)
+
+    def places_needed(self, real: Tensor, new_tokens: int) -> int:
+        """How many places new tokens and those generated after them reach.
+
+        Parameters
+        ----------
+        real
+            (batch, tokens) bool, False for padding.
+        new_tokens
+            Tokens generated after them, of which the last is not fed back; at least 1.
+        """
+        count = real.sum(dim=-1)
+        needed = count + (self._first_place().to(real.device) if self.is_initialized else 0)
+        at_end = needed + new_tokens - 1
+        if self.config.positions == "new":
+            budgets = (
+                self._budget.tolist()
+                if self.is_initialized
+                else map(self.config.budget, count.tolist())
+            )
+            at_end = at_end.minimum(torch.tensor([k + 1 for k in budgets], device=real.device))
+        return int(torch.maximum(needed, at_end).max())
+
+    def _first_place(self) -> Tensor:
+        """The next token's place in each sequence, (batch,) int64."""
+        if self.config.positions == "original":
+            return self._seen
+        return torch.minimum(self._seen, self._budget)
 
     def attend(
         self,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        positions: Tensor,
+        new: Tokens,
         scorer: Scorer | None,
         *,
         scale: float,
         alibi_slopes: Tensor | None = None,
+        rotary: Rotary | None = None,
         output_weights: bool = False,
     ) -> Attended:
         """Attend to the slots and the new tokens, add their scores, evict to the budget.
 
         Parameters
         ----------
-        query, key, value
-            (batch, heads or kv_heads, tokens, head_dim) of the new tokens.
-        positions
+        query
+            (batch, heads, tokens, head_dim) of the new tokens.
+        new
             What :meth:`place` gave for them.
         scorer, scale, alibi_slopes, output_weights
             See :func:`keyformer.attention.attention`.
+        rotary
+            Rotates queries and keys to their places. Where the place of a token changes as
+            others leave, its key is stored unrotated and rotated whenever it is read.
         """
-        new = Tokens(key, value, positions[:, None].expand(-1, key.shape[1], -1))
+        moving = self.config.positions == "new"
+        places = _ranks(self.positions) if moving else self.positions
+        slots = Tokens(self.keys, self.values, self.positions, places)
+        read = new
+        if rotary is not None:
+            query = rotary(query, new.places[:, :1])
+            read = new.rotated(rotary)
+            if moving:
+                slots = slots.rotated(rotary)
+            else:
+                new = read
         attended = attention(
             query,
-            positions,
-            Tokens(self.keys, self.values, self.positions),
-            new,
+            slots,
+            read,
             scale=scale,
             alibi_slopes=alibi_slopes,
             scorer=scorer,
@@ -261,6 +321,15 @@ class KeyformerLayer(CacheLayerMixin):
         raise ValueError("a KeyformerCache cannot be cropped: evicted tokens are gone")
 
 
+def _ranks(positions: Tensor) -> Tensor:
+    """The rank of each position among those of its head, -1 for an empty slot."""
+    order = positions.argsort(dim=-1)
+    counting = torch.arange(positions.shape[-1], device=positions.device).expand_as(order)
+    ranks = torch.empty_like(positions).scatter_(-1, order, counting)
+    empty = positions < 0
+    return (ranks - empty.sum(dim=-1, keepdim=True)).masked_fill(empty, -1)
+
+
 class KeyformerCache(Cache):
     """The cache of a whole model, for ``generate(past_key_values=...)`` or forward calls.
 
@@ -311,6 +380,7 @@ class KeyformerCache(Cache):
         *,
         scale: float,
         alibi_slopes: Tensor | None = None,
+        rotary: Rotary | None = None,
     ) -> Attended:
         """Attention of one layer's new tokens, with scoring and eviction.
 
@@ -318,27 +388,46 @@ class KeyformerCache(Cache):
         those of :meth:`KeyformerLayer.place` and :meth:`KeyformerLayer.attend`.
         """
         layer = self.layers[layer_idx]
-        positions = layer.place(key, value, real)
+        new = layer.place(key, value, real)
         attended = layer.attend(
             query,
-            key,
-            value,
-            positions,
+            new,
             self._scorer(layer, layer_idx),
             scale=scale,
             alibi_slopes=alibi_slopes,
+            rotary=rotary,
             output_weights=self.output_attentions or self.observer is not None,
         )
         if self.observer is not None:
-            self.observer(layer_idx, positions, attended)
+            self.observer(layer_idx, new.positions[:, 0], attended)
         return attended
+
+    def next_places(self, real: Tensor) -> Tensor:
+        """What :meth:`KeyformerLayer.next_places` gives, alike in all layers."""
+        return self.layers[0].next_places(real)
+
+    def places_needed(self, real: Tensor) -> int:
+        """How many places ``real`` (batch, tokens) and what is planned after it reach."""
+        return self.layers[0].places_needed(real, self.planned(real) - real.shape[1] + 1)
+
+    def planned(self, real: Tensor) -> int:
+        """Tokens that will be fed: these (batch, tokens) and, after a prompt, the generated."""
+        tokens = real.shape[1]
+        seen = self.get_seq_length()
+        if seen and tokens == 1:
+            return tokens
+        return tokens + (self._new_tokens(seen + tokens) or 1) - 1
+
+    def _new_tokens(self, prompt_end: int) -> int | None:
+        """How many ``generate`` was asked for after a prompt; None if it was not called."""
+        if self.max_new_tokens is None and self.max_length is not None:
+            return max(1, self.max_length - prompt_end)
+        return self.max_new_tokens
 
     def _scorer(self, layer: KeyformerLayer, layer_idx: int) -> Scorer | None:
         if not self.config.needs_scores:
             return None
-        length = self.config.generation_length or self.max_new_tokens
-        if length is None and self.max_length is not None:
-            length = max(1, self.max_length - layer.prompt_end)
+        length = self.config.generation_length or self._new_tokens(layer.prompt_end)
         tau = temperature(self.config, layer.step, length)
         return Scorer(self.config.noise, self.seed, layer_idx, tau)
 

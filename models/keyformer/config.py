@@ -12,6 +12,7 @@ UNLIMITED = sys.maxsize
 """A kv_budget that no text reaches: nothing is ever evicted."""
 
 NOISES = ("gumbel", "gaussian", "constant", "none")
+POSITIONS = ("original", "new")
 BACKENDS = ("auto", "torch")
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -48,6 +49,9 @@ class KeyformerConfig:
     noise
         Logit adjustment zeta of Eq. 4: "gumbel" (Eq. 5), "gaussian" of the same mean and
         standard deviation, "constant" (the Gumbel mean) or "none".
+    positions
+        What the model's position scheme is told: "original", each token's position in the
+        text ("Org Pos" of Table 3), or "new", its rank among the tokens in the cache.
     sinks
         First tokens of the text that are never evicted (StreamingLLM keeps 4).
     seed
@@ -68,6 +72,7 @@ class KeyformerConfig:
     tau_end: float = 2.0
     generation_length: int | None = None
     noise: str = "gumbel"
+    positions: str = "original"
     sinks: int = 0
     seed: int | None = None
     backend: str = "auto"
@@ -101,6 +106,7 @@ class KeyformerConfig:
         whole("sinks", 0)
         whole("seed", 0, " or None")
         choice("noise", NOISES)
+        choice("positions", POSITIONS)
         choice("backend", BACKENDS)
 
     @classmethod

@@ -8,7 +8,7 @@ import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
-from keyformer.attention import Attended, Tokens, attention
+from keyformer.attention import Rotary, Tokens, attention
 from keyformer.cache import KeyformerCache
 from keyformer.config import InputError, KeyformerConfig
 
@@ -25,7 +25,8 @@ def attend(
     *,
     scale: float,
     alibi_slopes: Tensor | None = None,
-) -> Attended:
+    rotary: Rotary | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Attention of a patched layer: through the cache, or plain and causal without one.
 
     Parameters
@@ -33,11 +34,17 @@ def attend(
     cache
         The model's ``past_key_values``.
     query, key, value
-        (batch, heads or kv_heads, tokens, head_dim) of the new tokens.
+        (batch, heads or kv_heads, tokens, head_dim) of the new tokens, not rotated.
     real
         (batch, 1, 1, tokens) bool, what :class:`KeyformerModelMixin` passes as the mask.
-    scale, alibi_slopes
-        See :func:`keyformer.attention.attention`.
+    scale, alibi_slopes, rotary
+        See :meth:`keyformer.cache.KeyformerLayer.attend`.
+
+    Returns
+    -------
+    tuple
+        What the heads give, side by side, (batch, tokens, heads * head_dim); and the weights
+        (batch, heads, tokens, slots + tokens) float32 if they were asked for.
 
     Raises
     ------
@@ -45,15 +52,19 @@ def attend(
         If the cache is of a kind that does not evict.
     """
     real = real[:, 0, 0]
+    options: dict[str, Any] = {"scale": scale, "alibi_slopes": alibi_slopes}
     if isinstance(cache, KeyformerCache):
-        return cache.attend(
-            query, key, value, layer_idx, real, scale=scale, alibi_slopes=alibi_slopes
-        )
-    if cache is not None:
+        attended = cache.attend(query, key, value, layer_idx, real, rotary=rotary, **options)
+    elif cache is None:
+        positions = (real.cumsum(dim=-1) - 1).masked_fill(~real, -1)[:, None]
+        if rotary is not None:
+            query, key = rotary(query, positions), rotary(key, positions)
+        positions = positions.expand(-1, key.shape[1], -1)
+        new = Tokens(key, value, positions, positions)
+        attended = attention(query, new[:0], new, **options)
+    else:
         raise TypeError(f"a model patched for Keyformer takes a KeyformerCache, got {type(cache)}")
-    positions = (real.cumsum(dim=-1) - 1).masked_fill(~real, -1)
-    new = Tokens(key, value, positions[:, None].expand(-1, key.shape[1], -1))
-    return attention(query, positions, new[:0], new, scale=scale, alibi_slopes=alibi_slopes)
+    return attended.output.transpose(1, 2).flatten(2), attended.weights
 
 
 class KeyformerModelMixin:
@@ -76,11 +87,18 @@ class KeyformerModelMixin:
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base model's forward, with a KeyformerCache made where one is due.
 
         ``attention_mask`` is (batch, tokens) or (batch, tokens seen + tokens), 0 for padding.
+        ``position_ids`` are replaced: the cache knows where each token stands.
+
+        Raises
+        ------
+        InputError
+            If a token would stand beyond the model's table of positions.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None:
@@ -101,6 +119,11 @@ class KeyformerModelMixin:
             real = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
         else:
             real = attention_mask[:, -inputs.shape[1] :].to(torch.bool)
+        if isinstance(past_key_values, KeyformerCache):
+            places = past_key_values.next_places(real)
+            self._check_places(past_key_values, real)
+        else:
+            places = (real.cumsum(dim=-1) - 1).masked_fill(~real, -1)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             past_key_values=past_key_values,
@@ -108,8 +131,27 @@ class KeyformerModelMixin:
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
+            position_ids=places.clamp(min=0),
             **kwargs,
         )
+
+    @property
+    def position_table(self) -> int | None:
+        """Number of positions that the model has a table for; None if it computes them."""
+        return None
+
+    def _check_places(self, cache: KeyformerCache, real: Tensor) -> None:
+        """Before the first layer: is the table large enough, for a prompt's generation too?"""
+        table = self.position_table
+        # Counting real tokens waits for the device, so only where they could be too many.
+        if table is None or cache.get_seq_length() + cache.planned(real) <= table:
+            return
+        needed = cache.places_needed(real)
+        if needed > table:
+            raise InputError(
+                f"the text would take {needed} positions and the model has {table}: shorten the"
+                " prompt or what is generated, or let a smaller cache have new positions"
+            )
 
 
 class KeyformerGenerationMixin:

@@ -57,7 +57,7 @@ class MptKeyformerAttention(MptAttention):
             joined = joined.clamp(min=-self.clip_qkv, max=self.clip_qkv)
         joined = joined.view(batch, tokens, 3, self.n_heads, self.head_dim)
         query, key, value = joined.permute(2, 0, 3, 1, 4)
-        attended = attend(
+        output, weights = attend(
             past_key_values,
             self.layer_idx,
             query,
@@ -67,8 +67,7 @@ class MptKeyformerAttention(MptAttention):
             scale=self.softmax_scale,
             alibi_slopes=position_bias,
         )
-        output = attended.output.transpose(1, 2).flatten(2)
-        return self.out_proj(output), attended.weights
+        return self.out_proj(output), weights
 
 
 class MptKeyformerModel(KeyformerModelMixin, MptModel):
