@@ -9,29 +9,47 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; test_downloads has a hub o
 
 import pytest
 import torch
-from transformers import MptConfig, MptForCausalLM
+from originals import ORIGINALS
+from transformers import PreTrainedModel
 
 from keyformer import KeyformerConfig, enable_keyformer
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def stock() -> MptForCausalLM:
-    """transformers' own MPT with random weights, large enough for logits to differ."""
+@pytest.fixture(scope="session", params=ORIGINALS)
+def arch(request) -> str:
+    """Each of the paper's models: what takes it, or ``stock``, runs for all of them."""
+    return request.param
+
+
+def small_stock(arch: str, layers: int = 2, heads: int = 4) -> PreTrainedModel:
+    """transformers' own model with random weights, large enough for logits to differ."""
     torch.manual_seed(0)
-    config = MptConfig(
-        d_model=32,
-        n_heads=4,
-        n_layers=2,
-        vocab_size=61,
-        max_seq_len=256,
-        use_cache=True,
-        initializer_range=0.4,
-        eos_token_id=0,
-        pad_token_id=0,
+    original = ORIGINALS[arch]
+    names = dict(zip(("d", "heads", "layers", "vocab"), original.small, strict=False))
+    config = original.config(
+        **{
+            **original.small,
+            names["layers"]: layers,
+            names["heads"]: heads,
+            names["vocab"]: 61,
+            "use_cache": True,
+            "initializer_range": 0.4,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+            "attn_implementation": "eager",
+        }
     )
-    return MptForCausalLM(config).eval()
+    dropout = {name: 0.0 for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
+    config.update({name: value for name, value in dropout.items() if hasattr(config, name)})
+    return original.model(config).eval()
+
+
+@pytest.fixture(scope="session")
+def stock(arch) -> PreTrainedModel:
+    """transformers' own model, small and random."""
+    return small_stock(arch)
 
 
 @pytest.fixture

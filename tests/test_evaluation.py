@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from originals import write_mpt
+from originals import write_original
 from transformers import AutoTokenizer
 
 from keyformer import InputError, KeyformerCache, KeyformerConfig
@@ -75,7 +75,7 @@ def test_sample_is_seeded_and_without_replacement() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    folder = write_mpt(tmp_path_factory.mktemp("tokenizer") / "m", "bin")
+    folder = write_original(tmp_path_factory.mktemp("tokenizer") / "m", "mpt", "bin")
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from originals import write_mpt
+from originals import write_original
 
 from keyformer import KeyformerCache
 from keyformer.config import METHODS
@@ -33,7 +33,7 @@ compare = script("compare")
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory) -> Path:
-    return write_mpt(tmp_path_factory.mktemp("summarize") / "mpt", "safetensors")
+    return write_original(tmp_path_factory.mktemp("summarize") / "mpt", "mpt", "safetensors")
 
 
 @pytest.fixture(scope="module")

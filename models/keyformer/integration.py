@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -19,8 +18,8 @@ from transformers import (
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.modeling import KeyformerGenerationMixin, patch
 
-PACKAGES = {"mpt": "mpt_keyformer"}
-"""For each supported model_type, the package with its PATCHES and make_config."""
+PACKAGES = {"mpt": "mpt_keyformer", "gptj": "gptj_keyformer", "gpt2": "cerebras_keyformer"}
+"""For each supported model_type, the package with its MODEL, PATCHES and make_config."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,8 +75,9 @@ def load_model(
         settings, _ = PreTrainedConfig.get_config_dict(path)
         if not settings:
             raise InputError("there is no config.json")
-        model_config = _package(settings.get("model_type")).make_config(settings)
-        model = AutoModelForCausalLM.from_pretrained(
+        package = _package(settings.get("model_type"))
+        model_config = package.make_config(settings)
+        model = package.MODEL.from_pretrained(
             path,
             config=model_config,
             dtype=dtype,

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from keyformer.attention import Rotary, Tokens, attention
 from keyformer.cache import KeyformerCache
@@ -204,5 +206,9 @@ def patch(model: nn.Module, patches: Patches) -> None:
                 remove_hook_from_module(module)
                 module.__dict__.pop("forward", None)
             module.__class__ = patches[type(module)]
+            if isinstance(module, PreTrainedModel):
+                # By class name transformers looks up which outputs a model can record.
+                recorded = {str(type(module)): module._can_record_outputs}
+                _CAN_RECORD_REGISTRY.update(recorded)
             if hook is not None:
                 add_hook_to_module(module, hook)

@@ -100,6 +100,9 @@ PATCHES: Patches = {
 }
 """What takes the place of transformers' classes."""
 
+MODEL = MptKeyformerForCausalLM
+"""What ``load_model`` loads a checkpoint into."""
+
 
 def make_config(settings: dict[str, Any]) -> MptConfig:
     """transformers' configuration from the fields of an original config.json.

@@ -1,0 +1,93 @@
+"""Cerebras-GPT with an evicting cache: transformers' GPT-2, its attention layer replaced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import GPT2Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2LMHeadModel, GPT2Model
+
+from keyformer.cache import KeyformerCache
+from keyformer.modeling import (
+    KeyformerGenerationMixin,
+    KeyformerModelMixin,
+    Patches,
+    attend,
+    patch,
+)
+
+
+class CerebrasKeyformerAttention(GPT2Attention):
+    """Multi-head attention; positions were added to the embeddings already."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: KeyformerCache | None = None,
+        *,
+        attention_mask: Tensor,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, score and evict.
+
+        Parameters
+        ----------
+        hidden_states
+            (batch, tokens, hidden_size).
+        attention_mask
+            (batch, 1, 1, tokens) bool, False for padding.
+
+        Returns
+        -------
+        tuple
+            Output (batch, tokens, hidden_size), and the weights (batch, heads, tokens,
+            slots + tokens) float32 if they were asked for.
+        """
+        batch, tokens, _ = hidden_states.shape
+        joined = self.c_attn(hidden_states).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        query, key, value = joined.permute(2, 0, 3, 1, 4)
+        output, weights = attend(
+            past_key_values,
+            self.layer_idx,
+            query,
+            key,
+            value,
+            attention_mask,
+            scale=self.scaling,
+        )
+        return self.c_proj(output), weights
+
+
+class CerebrasKeyformerModel(KeyformerModelMixin, GPT2Model):
+    """The layers of GPT-2 over a KeyformerCache."""
+
+    @property
+    def position_table(self) -> int:
+        """The number of learned position embeddings."""
+        return self.config.max_position_embeddings
+
+
+class CerebrasKeyformerForCausalLM(KeyformerGenerationMixin, GPT2LMHeadModel):
+    """Cerebras-GPT for text generation whose cache evicts."""
+
+    # Old checkpoints hold each layer's causal mask.
+    _keys_to_ignore_on_load_unexpected = (r"\.attn\.(masked_)?bias$",)
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        patch(self, PATCHES)
+
+
+PATCHES: Patches = {
+    GPT2Attention: CerebrasKeyformerAttention,
+    GPT2Model: CerebrasKeyformerModel,
+    GPT2LMHeadModel: CerebrasKeyformerForCausalLM,
+}
+"""What takes the place of transformers' classes."""
+
+MODEL = CerebrasKeyformerForCausalLM
+"""What ``load_model`` loads a checkpoint into."""
+
+make_config = GPT2Config.from_dict
+"""transformers' configuration from the fields of an original config.json."""

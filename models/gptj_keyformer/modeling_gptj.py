@@ -1,0 +1,123 @@
+"""GPT-J with an evicting cache: transformers' model, its attention layer replaced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GPTJConfig
+from transformers.models.gptj.modeling_gptj import (
+    GPTJAttention,
+    GPTJFlashAttention2,
+    GPTJForCausalLM,
+    GPTJModel,
+)
+
+from keyformer.cache import KeyformerCache
+from keyformer.modeling import (
+    KeyformerGenerationMixin,
+    KeyformerModelMixin,
+    Patches,
+    attend,
+    patch,
+)
+
+
+class GPTJKeyformerAttention(GPTJAttention):
+    """Multi-head attention with RoPE by each slot's own place."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layer_past: KeyformerCache | None = None,
+        *,
+        attention_mask: Tensor,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend, score and evict.
+
+        Parameters
+        ----------
+        hidden_states
+            (batch, tokens, hidden_size).
+        layer_past
+            The model's cache.
+        attention_mask
+            (batch, 1, 1, tokens) bool, False for padding.
+
+        Returns
+        -------
+        tuple
+            Output (batch, tokens, hidden_size), and the weights (batch, heads, tokens,
+            slots + tokens) float32 if they were asked for.
+        """
+        heads = (*hidden_states.shape[:2], self.num_attention_heads, self.head_dim)
+        query, key, value = (
+            project(hidden_states).view(heads).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        output, weights = attend(
+            layer_past,
+            self.layer_idx,
+            query,
+            key,
+            value,
+            attention_mask,
+            scale=1 / self.scale_attn,
+            rotary=self.rotate,
+        )
+        return self.out_proj(output), weights
+
+    def rotate(self, x: Tensor, places: Tensor) -> Tensor:
+        """RoPE on the first ``rotary_dim`` dimensions, pairs of neighbours.
+
+        Parameters
+        ----------
+        x
+            (batch, heads, tokens, head_dim).
+        places
+            (batch, heads or 1, tokens) int64, below the size of the table; -1 for an empty
+            slot, whatever becomes of it.
+        """
+        table = self.embed_positions.to(x.device)
+        sin, cos = table[places.clamp(min=0)].to(x.dtype).chunk(2, dim=-1)
+        turning, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        even, odd = turning[..., ::2], turning[..., 1::2]
+        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+        return torch.cat([turned.flatten(-2), rest], dim=-1)
+
+
+class GPTJKeyformerModel(KeyformerModelMixin, GPTJModel):
+    """The layers of GPT-J over a KeyformerCache."""
+
+    @property
+    def position_table(self) -> int:
+        """Sines and cosines come from a table of this many positions."""
+        return self.config.max_position_embeddings
+
+
+class GPTJKeyformerForCausalLM(KeyformerGenerationMixin, GPTJForCausalLM):
+    """GPT-J for text generation whose cache evicts."""
+
+    # Old checkpoints hold each layer's causal mask.
+    _keys_to_ignore_on_load_unexpected = (r"\.attn\.(masked_)?bias$",)
+
+    def __init__(self, config: GPTJConfig) -> None:
+        super().__init__(config)
+        patch(self, PATCHES)
+
+
+PATCHES: Patches = {
+    GPTJAttention: GPTJKeyformerAttention,
+    GPTJFlashAttention2: GPTJKeyformerAttention,
+    GPTJModel: GPTJKeyformerModel,
+    GPTJForCausalLM: GPTJKeyformerForCausalLM,
+}
+"""What takes the place of transformers' classes."""
+
+MODEL = GPTJKeyformerForCausalLM
+"""What ``load_model`` loads a checkpoint into."""
+
+make_config = GPTJConfig.from_dict
+"""transformers' configuration from the fields of an original config.json."""
