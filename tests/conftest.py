@@ -23,7 +23,7 @@ def arch(request) -> str:
     return request.param
 
 
-def small_stock(arch: str, layers: int = 2, heads: int = 4) -> PreTrainedModel:
+def small_stock(arch: str, layers: int = 2, heads: int = 4, **changes: int) -> PreTrainedModel:
     """transformers' own model with random weights, large enough for logits to differ."""
     torch.manual_seed(0)
     original = ORIGINALS[arch]
@@ -39,6 +39,7 @@ def small_stock(arch: str, layers: int = 2, heads: int = 4) -> PreTrainedModel:
             "eos_token_id": 0,
             "pad_token_id": 0,
             "attn_implementation": "eager",
+            **changes,
         }
     )
     dropout = {name: 0.0 for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
