@@ -5,31 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from keyformer.evaluation import flags as flag
-from keyformer.evaluation.run import run_task
+from keyformer.evaluation.flags import run_main
+from keyformer.evaluation.run import run_and_report, task_parser
 
 HERE = Path(__file__).parent
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the flags, run, and print the scores."""
-    parser = flag.Parser(description=__doc__)
-    flag.model_flags(parser)
-    flag.method_flags(parser)
-    flag.task_flags(
-        parser,
-        task="summarization",
-        dataset_path=HERE / "data" / "sample_eval.json",
-        out=HERE / "out",
-    )
-    flags = parser.parse_args(argv)
-    result = run_task(flags)
-    shown = ("rouge1", "rouge2", "rougeL", "rougeLsum", "tokens_per_second", "kv_bytes_end")
-    print(f"{result['model']}, {result['method']}:")
-    for name in shown:
-        print(f"  {name:18} {result[name]:,}")
-    print(f"summaries in {flags.save_path}, scores and record in {flags.score_path}")
+    parser = task_parser(__doc__, "summarization", HERE, texts="summaries.txt")
+    run_and_report(parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    flag.run_main(main)
+    run_main(main)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; test_downloads has a hub of its own
 
@@ -15,6 +17,15 @@ from transformers import PreTrainedModel
 from keyformer import KeyformerConfig, enable_keyformer
 
 torch.set_num_threads(1)
+
+
+def script(folder: str, name: str):
+    """A script of a task folder as a module."""
+    path = Path(__file__).parents[1] / folder / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session", params=ORIGINALS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,29 +9,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import script
 from originals import write_original
 
 from keyformer import KeyformerCache
 from keyformer.config import METHODS
 from keyformer.evaluation.flags import run_main
 
-ROOT = Path(__file__).parents[1]
-
-
-def script(name: str):
-    """A script of summarization/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "summarization" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-summarize = script("summarize")
-compare = script("compare")
+summarize = script("summarization", "summarize")
+compare = script("summarization", "compare")
 
 
 @pytest.fixture(scope="module")
-def model_path(tmp_path_factory) -> Path:
+def model_path(arch, tmp_path_factory) -> Path:
+    return write_original(tmp_path_factory.mktemp("summarize") / arch, arch, "safetensors")
+
+
+@pytest.fixture(scope="module")
+def mpt_path(tmp_path_factory) -> Path:
     return write_original(tmp_path_factory.mktemp("summarize") / "mpt", "mpt", "safetensors")
 
 
@@ -216,12 +210,12 @@ BAD = [
 
 @pytest.mark.parametrize(("flags", "says"), BAD)
 def test_bad_input_is_one_line_and_exit_code_2(
-    flags, says, model_path, dataset_path, tmp_path, monkeypatch, capsys
+    flags, says, mpt_path, dataset_path, tmp_path, monkeypatch, capsys
 ) -> None:
     (tmp_path / "file").write_text("kept")
     (tmp_path / "scores.json").write_text("kept")
     places = {"file": tmp_path / "file", "folder": tmp_path}
-    argv = ["--model_path", str(model_path), "--dataset_path", str(dataset_path)]
+    argv = ["--model_path", str(mpt_path), "--dataset_path", str(dataset_path)]
     argv += ["--save_path", str(tmp_path / "s.txt"), "--score_path", str(tmp_path / "scores.json")]
     argv += ["--device", "cpu", "--max_new_tokens", "5", *(f.format(**places) for f in flags)]
     monkeypatch.setattr(sys, "argv", ["summarize.py", *argv])
@@ -235,11 +229,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert (tmp_path / "scores.json").read_text() == "kept"
 
 
-def test_compare_prints_methods_side_by_side(model_path, dataset_path, tmp_path, capsys) -> None:
+def test_compare_prints_methods_side_by_side(mpt_path, dataset_path, tmp_path, capsys) -> None:
     record = tmp_path / "record.json"
     compare.main(
         [
-            *("--model_path", str(model_path), "--dataset_path", str(dataset_path)),
+            *("--model_path", str(mpt_path), "--dataset_path", str(dataset_path)),
             *("--device", "cpu", "--methods", "full", "h2o", "keyformer", "--kv_cache", "30", "60"),
             *("--seeds", "0", "1", "--max_new_tokens", "4", "--show", "2"),
             *("--record", str(record)),

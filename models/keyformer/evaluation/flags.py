@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from keyformer.config import METHODS, InputError, KeyformerConfig
+from keyformer.config import METHODS, POSITIONS, InputError, KeyformerConfig
 from keyformer.evaluation.data import TASKS
 
 MODELS = Path(__file__).parents[2]
@@ -57,6 +57,12 @@ def method_flags(parser: argparse.ArgumentParser) -> None:
         " have their own (default: %(default)s)",
     )
     group.add_argument("--kv_budget", type=int, help="cache size in tokens, instead of --kv_cache")
+    group.add_argument(
+        "--positions",
+        choices=POSITIONS,
+        default=defaults.positions,
+        help="of cached tokens: original, in the text, or new, in the cache (default: %(default)s)",
+    )
     for name, when in (("tau_init", "at the prompt"), ("tau_end", "at the last token")):
         group.add_argument(
             f"--{name}",
@@ -79,7 +85,7 @@ def method_config(flags: argparse.Namespace) -> tuple[str, KeyformerConfig]:
     method = "keyformer" if flags.keyformer else flags.attention or "full"
     settings = {
         name: getattr(flags, name)
-        for name in ("kv_cache", "recent", "kv_budget", "tau_init", "tau_end")
+        for name in ("kv_cache", "recent", "kv_budget", "tau_init", "tau_end", "positions")
     }
     # Out of range is an error under every method, also where the method fixes the value.
     KeyformerConfig(**settings)
@@ -131,7 +137,9 @@ def model_path(flags: argparse.Namespace) -> str:
     return str(folder) if folder.is_dir() else flags.model_name
 
 
-def task_flags(parser: argparse.ArgumentParser, task: str, dataset_path: Path, out: Path) -> None:
+def task_flags(
+    parser: argparse.ArgumentParser, task: str, dataset_path: Path, out: Path, save_path: Path
+) -> None:
     """Flags of a task script: data, output and generation.
 
     Parameters
@@ -142,6 +150,8 @@ def task_flags(parser: argparse.ArgumentParser, task: str, dataset_path: Path, o
         Default of --dataset_path.
     out
         Default folder of what is written.
+    save_path
+        Default of --save_path.
     """
     group = parser.add_argument_group("data")
     group.add_argument("--task", choices=TASKS, default=task, help="how items become prompts")
@@ -152,14 +162,15 @@ def task_flags(parser: argparse.ArgumentParser, task: str, dataset_path: Path, o
         "--max_tokenizer_length",
         type=int,
         default=2048,
-        help="longest prompt in tokens; the document is cut to fit (default: %(default)s)",
+        help="longest prompt in tokens; the document is cut to fit this and, less"
+        " --max_new_tokens, the model's table of positions (default: %(default)s)",
     )
     group.add_argument("--no_truncation", action="store_true", help="prompts are never cut")
     group.add_argument("--padding", choices=("longest", "max_length"), default="longest")
     group.add_argument("--padding_side", choices=("left", "right"), default="left")
 
     group = parser.add_argument_group("output")
-    group.add_argument("--save_path", type=Path, default=out / "summaries.txt")
+    group.add_argument("--save_path", type=Path, default=save_path)
     group.add_argument("--score_path", type=Path, default=out / "scores.json")
     group.add_argument("--attentions_path", type=Path, default=out / "attentions")
     group.add_argument(

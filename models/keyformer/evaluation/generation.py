@@ -137,7 +137,7 @@ def generate(
             result.seconds += time.perf_counter() - began
 
             new_tokens = output.sequences[:, prompt_length:]
-            lengths = _lengths(new_tokens, model.generation_config.eos_token_id, options)
+            lengths = _lengths(ends_text(new_tokens, model, options))
             result.tokens += int(lengths.sum())
             result.kv_bytes_prompt.append(after_prompt.bytes or cache.memory_bytes())
             result.kv_bytes_end.append(cache.memory_bytes())
@@ -157,10 +157,14 @@ def generate(
     return result
 
 
-def _lengths(new_tokens: Tensor, eos_token_id: Any, options: dict[str, Any]) -> Tensor:
+def ends_text(tokens: Tensor, model: PreTrainedModel, options: dict[str, Any]) -> Tensor:
+    """Which tokens are the end-of-sequence token of ``generate(**options)``; bool, same shape."""
+    eos = options.get("eos_token_id", model.generation_config.eos_token_id)
+    return torch.isin(tokens, torch.as_tensor(eos if eos is not None else -1).to(tokens))
+
+
+def _lengths(ended: Tensor) -> Tensor:
     """Tokens of each sequence up to its end-of-sequence token, that one included."""
-    eos = options.get("eos_token_id", eos_token_id)
-    ended = torch.isin(new_tokens, torch.as_tensor(eos if eos is not None else -1).to(new_tokens))
     before_end = ended.cumsum(dim=-1) - ended.to(torch.int64) == 0
     return before_end.sum(dim=-1)
 

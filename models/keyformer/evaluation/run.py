@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from keyformer.config import InputError
 from keyformer.evaluation import flags as flag
-from keyformer.evaluation.data import TASKS, load_items, make_prompt, sample
+from keyformer.evaluation.data import TASKS, Item, Task, load_items, make_prompt, sample
 from keyformer.evaluation.generation import Generated, generate
 from keyformer.evaluation.results import (
     check_writable,
@@ -21,6 +23,43 @@ from keyformer.evaluation.results import (
 )
 from keyformer.evaluation.rouge import mean, rouge
 from keyformer.integration import check_device, load_model
+
+
+def task_parser(description: str | None, task: str, here: Path, texts: str) -> flag.Parser:
+    """All flags of a task script.
+
+    Parameters
+    ----------
+    description
+        What ``--help`` says of the script.
+    task
+        Key of ``TASKS``, the default of --task.
+    here
+        The script's folder, with data/ in it and out/ to be made.
+    texts
+        Name of the file that generated texts go to.
+    """
+    parser = flag.Parser(description=description)
+    flag.model_flags(parser)
+    flag.method_flags(parser)
+    out = here / "out"
+    flag.task_flags(parser, task, here / "data" / "sample_eval.json", out, out / texts)
+    return parser
+
+
+def run_and_report(flags: argparse.Namespace) -> None:
+    """Run a task and print its scores.
+
+    Raises
+    ------
+    InputError
+        As :func:`run_task` does.
+    """
+    result = run_task(flags)
+    print(f"{result['model']}, {result['method']}:")
+    for name in ("rouge1", "rouge2", "rougeL", "rougeLsum", "tokens_per_second", "kv_bytes_end"):
+        print(f"  {name:18} {result[name]:,}")
+    print(f"texts in {flags.save_path}, scores and record in {flags.score_path}")
 
 
 def load(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -74,7 +113,10 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load(flags)
     tokenizer.padding_side = flags.padding_side
 
-    longest = None if flags.no_truncation else flags.max_tokenizer_length
+    longest = prompt_room(model, flags.max_new_tokens, flags.max_tokenizer_length)
+    if flags.no_truncation:
+        check_lengths(items, task, tokenizer, prompt_room(model, flags.max_new_tokens))
+        longest = None
     set_seed(flags.seed)
     generated = generate(
         model,
@@ -111,6 +153,53 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     write_text(flags.save_path, "".join(line + "\n" for line in lines))
     write_json(flags.score_path, result)
     return result
+
+
+def prompt_room(
+    model: PreTrainedModel, max_new_tokens: int, longest: int | None = None
+) -> int | None:
+    """The longest prompt in tokens, so that what is generated has positions too.
+
+    Parameters
+    ----------
+    longest
+        A limit of the user's; None sets none.
+
+    Raises
+    ------
+    InputError
+        If the model's table of positions has no room for a prompt.
+    """
+    table = model.base_model.position_table
+    if table is None:
+        return longest
+    room = table - max_new_tokens + 1  # the last generated token is not fed back
+    if room < 1:
+        raise InputError(
+            f"max_new_tokens must be at most the model's {table} positions, got {max_new_tokens}"
+        )
+    return room if longest is None else min(longest, room)
+
+
+def check_lengths(
+    items: Sequence[Item], task: Task, tokenizer: PreTrainedTokenizerBase, room: int | None
+) -> None:
+    """Refuse prompts that a table of positions cannot hold, before anything is generated.
+
+    Raises
+    ------
+    InputError
+        Naming the first item whose prompt has more than ``room`` tokens.
+    """
+    if room is None:
+        return
+    for index, item in enumerate(items):
+        tokens = len(tokenizer(task.prompt(item), verbose=False)["input_ids"])
+        if tokens > room:
+            raise InputError(
+                f"the prompt of item {index} has {tokens} tokens and the model's positions leave"
+                f" room for {room}: leave out --no_truncation, or lower --max_new_tokens"
+            )
 
 
 def summary(generated: Generated, references: list[str]) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""The same items under several methods and cache sizes, side by side."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from keyformer.config import METHODS, InputError, KeyformerConfig
+from keyformer.evaluation import flags as flag
+from keyformer.evaluation.data import TASKS, load_items, make_prompt, sample
+from keyformer.evaluation.generation import generate
+from keyformer.evaluation.results import check_writable, run_record, write_json
+from keyformer.evaluation.run import load, prompt_room, summary
+
+
+def compare(
+    argv: Sequence[str] | None, description: str | None, task_name: str, here: Path
+) -> None:
+    """Parse the flags, run every row, print the table, write the record.
+
+    Parameters
+    ----------
+    argv
+        The command line; None takes the process's own.
+    description
+        What ``--help`` says.
+    task_name
+        A key of ``TASKS``.
+    here
+        The script's folder, with data/ in it.
+
+    Raises
+    ------
+    InputError
+        If a flag, the dataset, the model or the record's path cannot be used.
+    """
+    flags = parse(argv, description, here / "data" / "sample_eval.json")
+    task = TASKS[task_name]
+    if flags.record:
+        check_writable(flags.record)
+    settings = list(rows(flags))
+    items = sample(load_items(flags.dataset_path, task), flags.n_obs, seed=0)
+    references = [task.reference(item) for item in items]
+    model, tokenizer = load(flags)
+    room = prompt_room(model, flags.max_new_tokens)
+    prompts = [make_prompt(item, task, tokenizer, room) for item in items]
+
+    results, texts = [], {}
+    for method, seed, config in settings:
+        set_seed(seed)
+        generated = generate(
+            model,
+            tokenizer,
+            prompts,
+            config,
+            batch_size=flags.bs,
+            num_beams=flags.beam,
+            max_new_tokens=flags.max_new_tokens,
+        )
+        row = {"method": method, "kv_cache": config.kv_cache, "seed": seed}
+        results.append({**row, "config": asdict(config), **summary(generated, references)})
+        texts[f"{method} {config.kv_cache:g} %" if method != "full" else method] = generated.texts
+    for index in range(min(flags.show, len(items))):
+        print(f"\nitem {index}\n  reference: {' '.join(references[index].split())}")
+        for name, generated_texts in texts.items():
+            print(f"  {name}: {' '.join(generated_texts[index][0].split())}")
+    print_table(results)
+    if flags.record:
+        described = {"model": flags.model_name, "task": task_name, "items": len(items)}
+        described["beam"] = flags.beam
+        record = {**described, **run_record(model.device), "rows": results}
+        write_json(flags.record, record)
+
+
+def parse(
+    argv: Sequence[str] | None, description: str | None, dataset_path: Path
+) -> argparse.Namespace:
+    """The flags, checked.
+
+    Raises
+    ------
+    InputError
+        If a number is out of range.
+    """
+    parser = flag.Parser(description=description)
+    flag.model_flags(parser)
+    default = KeyformerConfig()
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--kv_cache", nargs="+", type=float, default=[50.0], help="cache sizes in %% of the prompt"
+    )
+    parser.add_argument("--recent", type=float, default=default.recent)
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], help="for methods that draw noise"
+    )
+    parser.add_argument("--dataset_path", default=dataset_path)
+    parser.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
+    parser.add_argument("--bs", type=int, default=8)
+    parser.add_argument("--beam", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--show", type=int, default=0, help="print the texts of this many items")
+    parser.add_argument("--record", type=Path, help="write the rows and their record as JSON")
+    flags = parser.parse_args(argv)
+    for name in ("bs", "beam", "max_new_tokens"):
+        if getattr(flags, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(flags, name)}")
+    return flags
+
+
+def rows(flags: argparse.Namespace) -> Iterator[tuple[str, int, KeyformerConfig]]:
+    """Each run as (method, seed, configuration); what draws no noise runs once."""
+    for method in flags.methods:
+        for kv_cache in flags.kv_cache if method != "full" else [100.0]:
+            config = KeyformerConfig.preset(method, kv_cache=kv_cache, recent=flags.recent)
+            for seed in flags.seeds if config.draws_noise else flags.seeds[:1]:
+                yield method, seed, config
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    """ROUGE, cache bytes and speed, a line for each run."""
+    print(
+        f"\n{'method':14}{'cache %':>8}{'seed':>6}{'ROUGE-1':>9}{'ROUGE-2':>9}{'ROUGE-L':>9}"
+        f"{'KV KiB/item':>12}{'tokens/s':>10}"
+    )
+    for row in results:
+        size = "all" if row["method"] == "full" else f"{row['kv_cache']:g}"
+        print(
+            f"{row['method']:14}{size:>8}{row['seed']:>6}{row['rouge1']:>9.2f}{row['rouge2']:>9.2f}"
+            f"{row['rougeL']:>9.2f}{row['kv_bytes_end'] / 1024:>12.0f}"
+            f"{row['tokens_per_second']:>10.1f}"
+        )
