@@ -13,6 +13,7 @@ test: $(VENV)/test.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy summarization
+	$(BIN)/mypy conversation
 	$(BIN)/python -m pytest
 
 clean:

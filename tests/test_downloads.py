@@ -8,6 +8,8 @@ import io
 import json
 import logging
 import os
+import random
+import re
 import runpy
 import subprocess
 import sys
@@ -20,15 +22,16 @@ from unittest.mock import Mock
 from urllib.parse import unquote, urlsplit
 
 import datasets
+import pyarrow
 import pytest
 from huggingface_hub import close_session, constants
+from pyarrow import parquet
 
 from keyformer import InputError
+from keyformer.evaluation.data import TASKS, load_items
 from keyformer.evaluation.flags import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
-DATASET_SCRIPTS = ROOT / "summarization" / "dataset_download"
-MODEL_SCRIPTS = ROOT / "models" / "model_download"
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens, so a connection is refused
 CONVERTED = "refs/convert/parquet"
 Files = dict[str, bytes]
@@ -38,17 +41,17 @@ def dump(value: object) -> bytes:
     return json.dumps(value).encode()
 
 
-def script(folder: Path, name: str):
-    """A script as a module; those for datasets import ``common`` from their own folder."""
+def script(folder: str, name: str):
+    """A script as a module."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        return importlib.import_module(name)
+        patch.syspath_prepend(ROOT / folder)
+        return importlib.import_module(f"download_{name}")
 
 
-common = script(DATASET_SCRIPTS, "common")
 NAMES = ("cnndm", "govreport", "longbench", "xsum")
-cnndm, govreport, longbench, xsum = (script(DATASET_SCRIPTS, f"download_{n}") for n in NAMES)
-download_model = script(MODEL_SCRIPTS, "download_model")
+cnndm, govreport, longbench, xsum = (script("summarization/dataset_download", n) for n in NAMES)
+orca, soda = (script("conversation/dataset_download", n) for n in ("orca", "soda"))
+download_model = script("models/model_download", "model")
 
 
 # ---------------------------------------------------------------- a stand-in for the hub
@@ -65,6 +68,7 @@ class FakeHub(ThreadingHTTPServer):
         self.repos: dict[str, Files] = {}
         self.refused: dict[str, str] = {}  # file path -> the hub's error code
         self.fetched: list[str] = []
+        self.sent = 0  # bytes of files
 
     def sha(self, repo: str) -> str:
         """A commit id that changes with the content, as a real one does."""
@@ -103,11 +107,15 @@ class HubHandler(BaseHTTPRequestHandler):
         elif kind == "tree" and not name:
             self.reply(200, dump([tree_entry(n, data) for n, data in files.items()]), {})
         elif kind == "resolve" and name in files:
+            entry, body, status = tree_entry(name, files[name]), files[name], 200
+            part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if part:
+                body, status = body[int(part[1]) : int(part[2]) + 1], 206
             if self.command == "GET":
                 self.server.fetched.append(name)
-            entry = tree_entry(name, files[name])
+                self.server.sent += len(body)
             etag = entry.get("lfs", entry)["oid"]
-            self.reply(200, files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": sha})
+            self.reply(status, body, {"ETag": f'"{etag}"', "X-Repo-Commit": sha})
         else:
             self.refuse(404, "EntryNotFound")
 
@@ -144,8 +152,9 @@ def set_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 @pytest.fixture(autouse=True)
 def isolated(tmp_path, monkeypatch, capsys):
     """Caches and default output are in tmp_path, and there is no hub."""
-    assert common.DATA == ROOT / "summarization" / "data"
-    monkeypatch.setattr(common, "DATA", tmp_path / "data")
+    for module in (cnndm, govreport, longbench, xsum, orca, soda):  # these write next to themselves
+        path = tmp_path / Path(module.__file__).relative_to(ROOT)
+        monkeypatch.setattr(module, "__file__", str(path))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache" / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH"):
@@ -202,6 +211,16 @@ def rows_of(document: str, summary: str, count: int) -> list[dict[str, Any]]:
     return [{document: f"dóc {i}", summary: f"sum {i}", "id": str(i)} for i in range(count)]
 
 
+DIALOGUES = [
+    {"narrative": f"dóc {i}", "dialogue": [f"sum {i}", "b"], "speakers": ["User", "Assistant"]}
+    for i in range(3)
+]
+QUESTIONS = [
+    {"system_prompt": f"dóc {i}", "question": f"sum {i}", "response": "b", "id": str(i)}
+    for i in range(3)
+]
+
+
 def card(names: tuple[str, ...], split: str) -> str:
     """The README.md of a mirror with a configuration in each folder of these names."""
     each = '- config_name: "{0}"\n  data_files:\n  - split: {1}\n    path: "{0}/*"\n'
@@ -220,23 +239,30 @@ def mirror(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("module", "document", "summary", "file"),
+    ("module", "file", "rows"),
     [
-        (cnndm, "article", "highlights", "validation.parquet"),
-        (xsum, "document", "summary", "test.jsonl"),
-        (govreport, "report", "summary", "test.parquet"),
+        (cnndm, "validation.parquet", rows_of("article", "highlights", 3)),
+        (xsum, "test.jsonl", rows_of("document", "summary", 3)),
+        (govreport, "test.parquet", rows_of("report", "summary", 3)),
+        (soda, "test.parquet", [{**row, "head": "x"} for row in DIALOGUES]),
+        (orca, orca.FILE, QUESTIONS),
     ],
 )
-def test_dataset_is_written_to_data_folder(tmp_path, module, document, summary, file) -> None:
-    for name, count in ((Path(file), 3), (Path(file).with_stem("train"), 1)):
-        write_rows(tmp_path / "mirror" / name, rows_of(document, summary, count))
-    assert module.main(["--dataset_path", str(tmp_path / "mirror")]) is None
-    (path,) = (tmp_path / "data").iterdir()  # no temporary file is left
-    assert path.name == module.__name__.removeprefix("download_") + "_eval.json"
-    assert module.INSTRUCTION and read(path) == [
-        {"instruction": module.INSTRUCTION, "input": f"dóc {i}", "output": f"sum {i}"}
-        for i in range(3)
-    ]
+def test_dataset_is_written_to_data_folder(tmp_path, module, file, rows) -> None:
+    write_rows(tmp_path / "mirror" / file, rows)
+    write_rows(tmp_path / "mirror" / Path(file).with_stem("train"), rows[:1])
+    assert module.main(["--dataset_path", str(tmp_path / "mirror"), "--n_obs", "3"]) is None
+    (path,) = tmp_path.glob("*/data/*")  # no temporary file is left
+    name = module.__name__.removeprefix("download_") + "_eval.json"
+    assert path == Path(module.__file__).parents[1] / "data" / name
+    written = load_items(path, TASKS[path.parents[1].name])  # the task's name is the folder's
+    if module in (soda, orca):
+        assert written == DIALOGUES
+    else:
+        assert module.INSTRUCTION and written == [
+            {"instruction": module.INSTRUCTION, "input": f"dóc {i}", "output": f"sum {i}"}
+            for i in range(3)
+        ]
 
 
 def test_named_configuration_of_a_hub_copy_is_used(tmp_path) -> None:
@@ -268,11 +294,14 @@ def test_n_obs_draws_at_random_with_seed(mirror, tmp_path) -> None:
         (xsum.main, ["--dataset_path", "/no/such/folder"], "no such dataset or folder"),
         (xsum.main, ["--dataset_path", "who/what"], "cannot reach the hub for who/what"),
         (govreport.main, [], "no column report (there are: document, summary, id)"),
+        (soda.main, [], "no column narrative (there are: document, summary, id)"),
+        (orca.main, ["--split", "test"], "no column system_prompt (there are: document, "),
+        (orca.main, ["--dataset_path", "who/what"], "cannot reach the hub for who/what"),
     ],
 )
 def test_dataset_errors_are_one_line(mirror, tmp_path, fails, main, args, says) -> None:
     assert says in fails(main, "--dataset_path", mirror, *args)
-    assert not list(tmp_path.glob("data/*"))
+    assert not list(tmp_path.glob("*/data/*"))
 
 
 def test_unwritable_output_is_found_before_loading(tmp_path, fails) -> None:
@@ -300,14 +329,14 @@ def test_dataset_of_the_hub(hub, mirror, tmp_path, fails) -> None:
         "test.parquet": (mirror / "test.parquet").read_bytes(),
     }
     xsum.main([])
-    assert len(read(tmp_path / "data" / "xsum_eval.json")) == 30
+    assert len(read(tmp_path / "summarization" / "data" / "xsum_eval.json")) == 30
     assert "test.parquet" in hub.fetched and "xsum.py" not in hub.fetched
 
 
 def test_script_run_in_any_folder_says_one_line(hub, tmp_path) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url}
-    command = [sys.executable, xsum.__file__, "--output", "x.json"]
+    command = [sys.executable, xsum.__spec__.origin, "--output", "x.json"]
     result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     (line,) = result.stderr.splitlines()
     assert result.returncode == 2 and not (tmp_path / "x.json").exists()
@@ -336,7 +365,7 @@ def test_longbench_subsets_of_a_local_zip(tmp_path, fails) -> None:
     inputs = {}
     for subset in ("gov_report", "qmsum", "multi_news", "vcsum", "samsum"):
         longbench.main([*argv, "--subset", subset])
-        written = read(tmp_path / "data" / f"{subset}_eval.json")
+        written = read(tmp_path / "summarization" / "data" / f"{subset}_eval.json")
         assert [e["output"] for e in written] == ["one", "one"]
         inputs[subset] = written[0]["input"]
     assert inputs["gov_report"] == inputs["multi_news"] == inputs["vcsum"] == "long text"
@@ -354,14 +383,66 @@ def test_longbench_mirror_without_the_zip(tmp_path) -> None:
         write_rows(tmp_path / subset / "all.parquet", longbench_rows(subset))
     (tmp_path / "README.md").write_text(card(("samsum", "qmsum"), "test"))
     longbench.main(["--dataset_path", str(tmp_path), "--subset", "qmsum"])
-    assert "remote" in read(tmp_path / "data" / "qmsum_eval.json")[0]["input"]
+    assert "remote" in read(tmp_path / "summarization" / "data" / "qmsum_eval.json")[0]["input"]
 
 
 def test_longbench_of_the_hub(hub, tmp_path) -> None:
     hub.repos["zai-org/LongBench"] = {"LongBench.py": b"", "data.zip": longbench_zip()}
     longbench.main(["--subset", "samsum"])
     assert hub.fetched == ["data.zip"]
-    assert len(read(tmp_path / "data" / "samsum_eval.json")) == 2
+    assert len(read(tmp_path / "summarization" / "data" / "samsum_eval.json")) == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "file", "rows", "changes"),
+    [
+        (
+            soda,
+            "test.jsonl",
+            DIALOGUES,
+            [{"narrative": " "}, {"dialogue": ["a"] * 3}, {"dialogue": ["a"], "speakers": ["A"]}],
+        ),
+        (orca, "train.jsonl", QUESTIONS, [{"question": ""}, {"response": ""}, {"response": None}]),
+    ],
+)
+def test_what_is_no_dialogue_is_left_out(tmp_path, capsys, module, file, rows, changes) -> None:
+    rows = [{**rows[0], **change} for change in changes] + rows
+    write_rows(tmp_path / "mirror" / file, rows)
+    argv = ["--dataset_path", str(tmp_path / "mirror"), "--n_obs", "3"]
+    module.main([*argv, "--output", str(tmp_path / "x.json")])
+    assert read(tmp_path / "x.json") == DIALOGUES
+    assert "left out 3 of 6 " in capsys.readouterr().out
+
+
+def test_orca_of_the_hub_is_read_in_part(hub, tmp_path, monkeypatch, fails) -> None:
+    text = random.Random(0)
+    rows = [
+        {"system_prompt": " ", "question": str(i), "response": text.randbytes(1000).hex()}
+        for i in range(4000)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / orca.FILE)  # one row group
+    hub.repos["Open-Orca/OpenOrca"] = {
+        orca.FILE: (tmp_path / orca.FILE).read_bytes(),
+        "3_5M-GPT3_5-Augmented.parquet": b"",
+    }
+    monkeypatch.setattr(orca, "POOL", 50)
+    for n_obs in (5, 60):
+        orca.main(["--n_obs", str(n_obs)])
+        written = read(tmp_path / "conversation" / "data" / "orca_eval.json")
+        drawn = [int(item["dialogue"][0]) for item in written]
+        assert len(set(drawn)) == n_obs and max(drawn) < max(50, n_obs)
+        assert {item["narrative"] for item in written} == {orca.NARRATIVE}
+    file = hub.repos["Open-Orca/OpenOrca"][orca.FILE]
+    assert {*hub.fetched} == {orca.FILE} and hub.sent < len(file)  # in both runs together
+    hub.refused[orca.FILE] = "GatedRepo"
+    assert f"cannot read {orca.FILE} of Open-Orca/OpenOrca: " in fails(orca.main)
+
+
+def test_orca_errors_are_one_line(tmp_path, fails) -> None:
+    (tmp_path / orca.FILE).write_bytes(b"half a file")
+    argv = ("--dataset_path", tmp_path)
+    assert f"cannot read {orca.FILE} of {tmp_path}: " in fails(orca.main, *argv)
+    assert "not test" in fails(orca.main, *argv, "--split", "test")
 
 
 # ---------------------------------------------------------------- models

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from common import Example, Row, build_parser, export, load_rows
-
+from keyformer.evaluation.download import Example, Row, build_parser, data_file, export, load_rows
 from keyformer.evaluation.flags import run_main
 
 INSTRUCTION = "Summarize the following news article in a few short sentences."
@@ -20,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = build_parser(__doc__, "abisee/cnn_dailymail", "validation").parse_args(argv)
     export(
         flags,
-        "cnndm_eval.json",
+        data_file(__file__, "cnndm_eval.json"),
         lambda: load_rows(flags.dataset_path, flags.split, config="3.0.0"),
         ("article", "highlights"),
         convert,

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from common import Example, Row, build_parser, export, load_rows
-
+from keyformer.evaluation.download import Example, Row, build_parser, data_file, export, load_rows
 from keyformer.evaluation.flags import run_main
 
 INSTRUCTION = "Write a summary of the following government report that covers its main findings."
@@ -19,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = build_parser(__doc__, "ccdv/govreport-summarization", "test").parse_args(argv)
     export(
         flags,
-        "govreport_eval.json",
+        data_file(__file__, "govreport_eval.json"),
         lambda: load_rows(flags.dataset_path, flags.split),
         ("report", "summary"),
         convert,

@@ -9,10 +9,19 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import Example, Row, build_parser, export, list_files, load_rows, one_line
 from huggingface_hub import errors, hf_hub_download
 
 from keyformer import InputError
+from keyformer.evaluation.download import (
+    Example,
+    Row,
+    build_parser,
+    data_file,
+    export,
+    list_files,
+    load_rows,
+    one_line,
+)
 from keyformer.evaluation.flags import run_main
 
 ARCHIVE = "data.zip"
@@ -59,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     export(
         flags,
-        f"{flags.subset}_eval.json",
+        data_file(__file__, f"{flags.subset}_eval.json"),
         lambda: load_subset(flags.dataset_path, flags.subset, flags.split),
         ("context", "input", "answers"),
         lambda row: convert(row, flags.subset),

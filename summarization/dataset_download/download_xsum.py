@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from common import Example, Row, build_parser, export, load_rows
-
+from keyformer.evaluation.download import Example, Row, build_parser, data_file, export, load_rows
 from keyformer.evaluation.flags import run_main
 
 INSTRUCTION = "Summarize the following article in one sentence."
@@ -19,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = build_parser(__doc__, "EdinburghNLP/xsum", "test").parse_args(argv)
     export(
         flags,
-        "xsum_eval.json",
+        data_file(__file__, "xsum_eval.json"),
         lambda: load_rows(flags.dataset_path, flags.split),
         ("document", "summary"),
         convert,
