@@ -53,6 +53,7 @@ class KeyformerLayer(CacheLayerMixin):
         self.step = 0
         self.prompt_end = 0
         self._length = 0
+        self._seen = torch.zeros(1, dtype=torch.int64)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch size, heads, dtype and device from the first keys; no slots yet."""
@@ -82,8 +83,8 @@ class KeyformerLayer(CacheLayerMixin):
         """
         is_prompt = not self.is_initialized or key.shape[2] > 1
         if not self.is_initialized:
+            self._set_budgets(real, key.device)
             self.lazy_initialization(key, value)
-            self._set_budgets(real)
         real = real.to(self.device)
         count = real.cumsum(dim=-1)
         positions = (self._seen[:, None] + count - 1).masked_fill(~real, -1)
@@ -110,13 +111,11 @@ class KeyformerLayer(CacheLayerMixin):
         Tensor
             (batch, tokens) int64, -1 for padding.
         """
-        places = real.cumsum(dim=-1) - 1
-        if self.is_initialized:
-            places = places + self._first_place()[:, None].to(real.device)
-        return places.masked_fill(~real, -1)
+        count = real.cumsum(dim=-1)
+        return (self._first_place(count[:, -1])[:, None] + count - 1).masked_fill(~real, -1)
 
     def places_needed(self, real: Tensor, new_tokens: int) -> int:
-        """How many places new tokens and those generated after them reach.
+        """How many places new tokens and those generated after them take.
 
         Parameters
         ----------
@@ -126,22 +125,24 @@ class KeyformerLayer(CacheLayerMixin):
             Tokens generated after them, of which the last is not fed back; at least 1.
         """
         count = real.sum(dim=-1)
-        needed = count + (self._first_place().to(real.device) if self.is_initialized else 0)
+        needed = self._first_place(count) + count
         at_end = needed + new_tokens - 1
         if self.config.positions == "new":
-            budgets = (
-                self._budget.tolist()
-                if self.is_initialized
-                else map(self.config.budget, count.tolist())
-            )
-            at_end = at_end.minimum(torch.tensor([k + 1 for k in budgets], device=real.device))
+            at_end = torch.minimum(at_end, self._budgets(count) + 1)
         return int(torch.maximum(needed, at_end).max())
 
-    def _first_place(self) -> Tensor:
-        """The next token's place in each sequence, (batch,) int64."""
+    def _first_place(self, count: Tensor) -> Tensor:
+        """The place after those taken, (batch,) int64, where ``count`` real tokens are new."""
+        seen = self._seen.to(count.device)
         if self.config.positions == "original":
-            return self._seen
-        return torch.minimum(self._seen, self._budget)
+            return seen
+        return torch.minimum(seen, self._budgets(count))
+
+    def _budgets(self, count: Tensor) -> Tensor:
+        """k of each sequence, (batch,) int64: by its tokens if this is its first prompt."""
+        if self.is_initialized:
+            return self._budget.to(count.device)
+        return torch.tensor([self.config.budget(int(n)) for n in count], device=count.device)
 
     def attend(
         self,
@@ -197,13 +198,12 @@ class KeyformerLayer(CacheLayerMixin):
         self._admit(new, new_scores)
         return attended
 
-    def _set_budgets(self, real: Tensor) -> None:
+    def _set_budgets(self, real: Tensor, device: torch.device) -> None:
         """Fix k and w of each sequence by its number of real prompt tokens."""
-        lengths = [int(n) for n in real.sum(dim=-1).tolist()]
-        budgets = [self.config.budget(n) for n in lengths]
+        self._budget = self._budgets(real.sum(dim=-1)).to(device)
+        budgets = self._budget.tolist()
         windows = [self.config.recent_window(k) for k in budgets]
-        self._budget = torch.tensor(budgets, device=self.device)
-        self._window = torch.tensor(windows, device=self.device)
+        self._window = torch.tensor(windows, device=device)
         self._largest_budget = max(budgets)
 
     def _grow(self) -> None:
