@@ -30,9 +30,9 @@ ITEM = {
     "speakers": ["Ann", "Bob", "Ann"],
 }
 PROMPT = (
-    "### Instruction:\nContinue the dialogue between Ann and Bob.\n\n"
-    "### Input:\nAnn lost the key. Bob has another.\n\n"
-    "### Response:\nAnn: Where is the key?\n"
+    "Ann lost the key. Bob has another.\n\n"
+    "Continue the dialogue between Ann and Bob.\n\n"
+    "Ann: Where is the key?\n"
 )
 dialogue = script("conversation", "dialogue")
 
@@ -51,10 +51,15 @@ def dataset_path(tmp_path_factory) -> Path:
 
 
 def test_prompt_and_reference() -> None:
-    assert TASK.prompt(ITEM).endswith(PROMPT)
+    assert TASK.prompt(ITEM) == PROMPT
     assert TASK.reference(ITEM) == "Bob: Here, Ann.\nAnn: Thank you, Bob."
     three = {**ITEM, "speakers": ["A", "B", "C"]}
     assert "between A and B and C." in TASK.prompt(three)
+
+
+def test_names_before_turns_do_not_count() -> None:
+    text = "Bob: Here.\n Ann: Bob: no.\nCarl: A key\nTo Ann: key"
+    assert TASK.scored(ITEM, text) == "Here.\nBob: no.\nCarl: A key\nTo Ann: key"
 
 
 @pytest.mark.parametrize("method", ["full", "window", "keyformer"])
@@ -80,7 +85,7 @@ def test_dialogues_run_like_summaries(
     assert len(out[0].read_text().splitlines()) == 3
     scores = json.loads(out[1].read_text())
     assert scores["task"] == "conversation" and scores["method"] == method
-    assert prompts[0].endswith(PROMPT)
+    assert prompts[0] == PROMPT
 
 
 def without(name: str) -> dict:

@@ -45,7 +45,6 @@ def compare(
         check_writable(flags.record)
     settings = list(rows(flags))
     items = sample(load_items(flags.dataset_path, task), flags.n_obs, seed=0)
-    references = [task.reference(item) for item in items]
     model, tokenizer = load(flags)
     room = prompt_room(model, flags.max_new_tokens)
     prompts = [make_prompt(item, task, tokenizer, room) for item in items]
@@ -63,10 +62,10 @@ def compare(
             max_new_tokens=flags.max_new_tokens,
         )
         row = {"method": method, "kv_cache": config.kv_cache, "seed": seed}
-        results.append({**row, "config": asdict(config), **summary(generated, references)})
+        results.append({**row, "config": asdict(config), **summary(generated, items, task)})
         texts[f"{method} {config.kv_cache:g} %" if method != "full" else method] = generated.texts
     for index in range(min(flags.show, len(items))):
-        print(f"\nitem {index}\n  reference: {' '.join(references[index].split())}")
+        print(f"\nitem {index}\n  reference: {' '.join(task.reference(items[index]).split())}")
         for name, generated_texts in texts.items():
             print(f"  {name}: {' '.join(generated_texts[index][0].split())}")
     print_table(results)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,9 @@ class Task:
     document
         The field of ``texts`` that may not be empty and is cut where a prompt is too long.
     prompt, reference
-        Make an item's prompt, and the text that what is generated is scored against.
+        Make an item's prompt, and the text that would be its right continuation.
+    scored
+        The part of a text, generated or reference, that ROUGE looks at.
     """
 
     texts: tuple[str, ...]
@@ -37,6 +40,7 @@ class Task:
     document: str
     prompt: Callable[[Item], str]
     reference: Callable[[Item], str]
+    scored: Callable[[Item, str], str]
 
 
 def alpaca_prompt(instruction: str, input: str) -> str:
@@ -49,9 +53,9 @@ def alpaca_prompt(instruction: str, input: str) -> str:
 
 
 def dialogue_opening(narrative: str, speakers: Sequence[str]) -> str:
-    """The situation and the instruction to continue; the response begins with a turn."""
+    """The situation and the instruction to continue; after it come the turns, one a line."""
     names = " and ".join(dict.fromkeys(speakers))
-    return alpaca_prompt(f"Continue the dialogue between {names}.", narrative)
+    return f"{narrative}\n\nContinue the dialogue between {names}.\n\n"
 
 
 def dialogue_prompt(item: Item) -> str:
@@ -64,9 +68,15 @@ def dialogue_reference(item: Item) -> str:
     return _turns(item, slice(1, None))
 
 
+def spoken(item: Item, text: str) -> str:
+    """The turns of a text without the names before them."""
+    names = "|".join(map(re.escape, dict.fromkeys(item["speakers"])))
+    return re.sub(rf"^[ \t]*(?:{names}):[ \t]*", "", text, flags=re.MULTILINE)
+
+
 def _turns(item: Item, part: slice) -> str:
-    spoken = zip(item["speakers"][part], item["dialogue"][part], strict=True)
-    return "\n".join(f"{speaker}: {turn}" for speaker, turn in spoken)
+    turns = zip(item["speakers"][part], item["dialogue"][part], strict=True)
+    return "\n".join(f"{speaker}: {turn}" for speaker, turn in turns)
 
 
 TASKS = {
@@ -76,6 +86,7 @@ TASKS = {
         document="input",
         prompt=lambda item: alpaca_prompt(item["instruction"], item["input"]),
         reference=lambda item: item["output"],
+        scored=lambda item, text: text,
     ),
     "conversation": Task(
         texts=("narrative",),
@@ -83,6 +94,7 @@ TASKS = {
         document="narrative",
         prompt=dialogue_prompt,
         reference=dialogue_reference,
+        scored=spoken,
     ),
 }
 

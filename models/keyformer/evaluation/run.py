@@ -138,7 +138,7 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
         **flag.generate_options(flags),
     )
     result = {
-        **summary(generated, [task.reference(item) for item in items]),
+        **summary(generated, items, task),
         "model": flags.model_name if not flags.model_path else Path(flags.model_path).name,
         "task": flags.task,
         "method": method,
@@ -202,7 +202,7 @@ def check_lengths(
             )
 
 
-def summary(generated: Generated, references: list[str]) -> dict[str, Any]:
+def summary(generated: Generated, items: Sequence[Item], task: Task) -> dict[str, Any]:
     """The figures of a run.
 
     Returns
@@ -213,9 +213,11 @@ def summary(generated: Generated, references: list[str]) -> dict[str, Any]:
         gen_tokens; seconds; tokens_per_second; and kv_bytes_prompt and kv_bytes_end, what
         the cache occupied after the prompt and at the end, beams included, for each prompt.
     """
+    best = [task.scored(item, of[0]) for item, of in zip(items, generated.texts, strict=True)]
+    references = [task.scored(item, task.reference(item)) for item in items]
     texts = [text for several in generated.texts for text in several]
     return {
-        **mean(rouge([several[0] for several in generated.texts], references)),
+        **mean(rouge(best, references)),
         "gen_len": sum(len(text) for text in texts),
         "gen_num": len(texts),
         "gen_tokens": generated.tokens,
