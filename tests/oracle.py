@@ -36,16 +36,34 @@ class Head:
     """Whether places are those in the short sequence of the tokens left."""
     rotates: bool = False
     """Whether queries and keys are rotated to their places (RoPE)."""
+    damping: float = 1.0
+    forgetting: float = 1.0
+    mean: bool = False
+    """Whether scores are divided by the number of queries that saw the token."""
+    frozen: bool = False
+    """Whether key tokens are chosen once, after the first prompt."""
+    dilation: int = 0
+    scored: bool = True
+    """Where the recent window is all there is, nothing is scored."""
     tokens: list[Token] = field(default_factory=list)
     seen: int = 0
+    keys_end: int | None = None
+    """Where the recent window began when the first prompt had been read."""
 
     def step(self, queries, keys, values, tau: float) -> list[list[float]]:
-        """Attend with new tokens (a prompt or a single one), score, evict; the outputs.
+        """Attend with new tokens (a prompt or a single one), score, evict; the outputs."""
+        outputs = self.attend(queries, keys, values, tau)
+        self.evict({t: t.f_theta for t in self.tokens})
+        return outputs
+
+    def attend(self, queries, keys, values, tau: float) -> list[list[float]]:
+        """Attend with new tokens and add up scores; the outputs.
 
         ``queries``, ``keys`` and ``values`` hold a list of vectors for each query head that
         shares this key/value head: queries[g][i], keys[i], values[i].
         """
         outputs = [[] for _ in queries]
+        factor = self.damping if self.seen else 1.0
         for i in range(len(keys)):
             self.tokens.append(Token(self.seen, keys[i], values[i]))
             self.seen += 1
@@ -54,6 +72,8 @@ class Head:
             here = self.tokens[first_new + i].position
             visible = [t for t in self.tokens if t.position <= here]
             place = self.place(visible[-1])
+            for t in self.tokens[: first_new + i]:
+                t.f_theta *= self.forgetting  # one more query has come
             for g, group in enumerate(queries):
                 query = self.turned(group[i], place)
                 x = [
@@ -75,8 +95,7 @@ class Head:
                     a + self.noise_of(g)(here, t.position) for a, t in zip(x, visible, strict=True)
                 ]
                 for t, f in zip(visible, softmax([b / tau for b in y]), strict=True):
-                    t.f_theta += f
-        self.evict()
+                    t.f_theta += factor * f if self.scored else 0.0
         return outputs
 
     def place(self, token: Token) -> int:
@@ -93,20 +112,30 @@ class Head:
     def noise_of(self, group: int) -> Callable[[int, int], float]:
         return self.noise[group] if isinstance(self.noise, list) else self.noise
 
-    def evict(self) -> None:
+    def evict(self, scores: dict[Token, float]) -> None:
         """S_w: the recent window. S_key: the best of the rest. Keep their union."""
-        recent = [t for t in self.tokens if t.position >= self.seen - self.w]
-        sinks = [t for t in self.tokens if t.position < self.sinks and t not in recent]
-        rest = [t for t in self.tokens if t not in recent and t not in sinks]
-        kept = recent + sinks
+        if self.mean:
+            scores = {t: score / (self.seen - t.position) for t, score in scores.items()}
+        in_step = [p for p in range(self.seen) if p % (self.dilation + 1) == 0]
+        window = range(self.seen - self.w * (self.dilation + 1), self.seen)
+        recent = [t for t in self.tokens if t.position in window and t.position in in_step]
+        safe = [t for t in self.tokens if t.position < self.sinks and t not in recent]
+        if self.frozen and self.keys_end is not None:
+            safe += [
+                t for t in self.tokens if t.position < self.keys_end and t not in safe + recent
+            ]
+        rest = [t for t in self.tokens if t not in recent and t not in safe]
+        kept = recent + safe
         while rest and len(kept) < self.k:
             best = rest[0]
             for t in rest:
-                if t.f_theta > best.f_theta:  # of two equals the older one stays
+                if scores[t] > scores[best]:  # of two equals the older one stays
                     best = t
             rest.remove(best)
             kept.append(best)
         self.tokens = sorted(kept, key=lambda t: t.position)
+        if self.keys_end is None:
+            self.keys_end = window.start
 
 
 def rotate(vector: list[float], place: int) -> list[float]:

@@ -67,20 +67,40 @@ class Case:
         cache = KeyformerCache(PreTrainedConfig(num_hidden_layers=1), self.config)
         cache.max_new_tokens = 7
         for start, end in self.forwards():
-            part = slice(start, end)
-            attended = cache.attend(
-                self.query[:, :, part],
-                self.key[:, :, part],
-                self.value[:, :, part],
-                0,
-                self.real(start, end),
-                scale=self.scale,
-                alibi_slopes=self.slopes,
-                rotary=rotary if self.rotates else None,
-            )
-            yield cache, (start, end), attended.output
+            yield cache, (start, end), self.attend(cache, 0, start, end)
 
-    def oracle(self, row: int, kv_head: int) -> Head:
+    def attend(self, cache: KeyformerCache, layer: int, start: int, end: int) -> torch.Tensor:
+        """The output of these columns in a layer."""
+        part = slice(start, end)
+        return cache.attend(
+            self.query[:, :, part],
+            self.key[:, :, part],
+            self.value[:, :, part],
+            layer,
+            self.real(start, end),
+            scale=self.scale,
+            alibi_slopes=self.slopes,
+            rotary=rotary if self.rotates else None,
+        ).output
+
+    def columns(self, row: int, h: int, start: int, end: int) -> tuple[list, list, list]:
+        """Queries, keys and values of a sequence and head, without padding, for the oracle."""
+        real = [start + i for i in range(end - start) if self.real(start, end)[row, i]]
+        return (
+            [self.query[row, g, real].tolist() for g in self.shared_by(h)],
+            self.key[row, h, real].tolist(),
+            self.value[row, h, real].tolist(),
+        )
+
+    def shared_by(self, kv_head: int) -> range:
+        """The query heads of a key/value head."""
+        return range(kv_head * self.group, (kv_head + 1) * self.group)
+
+    def places(self) -> list[tuple[int, int]]:
+        """Every sequence and key/value head."""
+        return list(itertools.product(range(self.batch), range(self.kv_heads)))
+
+    def oracle(self, row: int, kv_head: int, layer: int = 0) -> Head:
         n = self.prompts[row]
         if self.config.kv_budget is not None:
             k = self.config.kv_budget
@@ -89,15 +109,16 @@ class Case:
         w = min(int(k * self.config.recent / 100), max(0, k - self.config.sinks))
         total = self.longest + sum(self.later)
         places = torch.arange(total)
+        drawn_at = places * (self.config.noise_schedule == "fresh")
         zeta = noise(
             self.config.noise,
             self.config.seed,
-            0,
+            layer,
             self.heads,
-            places.expand(self.batch, -1),
+            drawn_at.expand(self.batch, -1),
             places.expand(self.batch, self.kv_heads, -1),
         ).expand(self.batch, self.heads, total, total)
-        shared = range(kv_head * self.group, (kv_head + 1) * self.group)
+        shared = self.shared_by(kv_head)
         return Head(
             k=k,
             w=w,
@@ -107,6 +128,12 @@ class Case:
             noise=[lambda q, i, h=h: float(zeta[row, h, q, i]) for h in shared],
             new_positions=self.config.positions == "new",
             rotates=self.rotates,
+            damping=self.config.damping,
+            forgetting=self.config.forgetting,
+            mean=self.config.normalize == "mean",
+            frozen=self.config.key_set == "frozen",
+            dilation=self.config.dilation,
+            scored=self.config.recent < 100,
         )
 
 
@@ -125,6 +152,12 @@ configs = st.builds(
     tau_init=st.floats(0.5, 2),
     tau_end=st.floats(0.5, 3),
     noise=st.sampled_from(["gumbel", "gaussian", "constant", "none"]),
+    noise_schedule=st.sampled_from(["fresh", "once"]),
+    damping=st.sampled_from([1.0, 1.0, 0.6]),
+    forgetting=st.sampled_from([1.0, 1.0, 0.9, 0.5]),
+    normalize=st.sampled_from(["sum", "mean"]),
+    key_set=st.sampled_from(["dynamic", "frozen"]),
+    dilation=st.sampled_from([0, 0, 1, 3]),
     positions=st.sampled_from(["original", "new"]),
     sinks=st.sampled_from([0, 0, 1, 4]),
     seed=st.integers(0, 2**40),
@@ -146,28 +179,58 @@ cases = st.builds(
 @given(case=cases, chunk=st.sampled_from([1, 40, 10**6]))
 def test_equals_literal_algorithm(case: Case, chunk: int) -> None:
     """Outputs, kept positions and scores of every head after every forward."""
-    heads = {
-        (row, h): case.oracle(row, h) for row in range(case.batch) for h in range(case.kv_heads)
-    }
+    heads = {place: case.oracle(*place) for place in case.places()}
     step = 0
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(keyformer.attention.CHUNK_ELEMENTS, "cpu", chunk)
         for cache, (start, end), output in case.run():
             step = 0 if end - start > 1 or start == 0 else step + 1
             tau = temperature(case.config, step, 7)
-            real = case.real(start, end)
             for (row, h), head in heads.items():
-                columns = [start + i for i in range(end - start) if real[row, i]]
-                shared = range(h * case.group, (h + 1) * case.group)
-                expected = head.step(
-                    [case.query[row, g, columns].tolist() for g in shared],
-                    case.key[row, h, columns].tolist(),
-                    case.value[row, h, columns].tolist(),
-                    tau,
-                )
-                got = output[row, list(shared)][:, real[row]]
-                assert torch.allclose(got, torch.tensor(expected), atol=1e-4)
+                expected = head.step(*case.columns(row, h, start, end), tau)
+                check_output(case, row, h, (start, end), output, expected)
                 check_slots(cache.layers[0], row, h, head, case.config.needs_scores)
+
+
+@pytest.mark.parametrize("normalize", ["sum", "mean"])
+@pytest.mark.parametrize("key_set", ["dynamic", "frozen"])
+def test_shared_scores_keep_the_same_tokens_in_all_layers(normalize: str, key_set: str) -> None:
+    """One f_theta, summed over the layers, decides for all of them when the last has attended."""
+    config = KeyformerConfig(
+        kv_cache=40, recent=30, score="shared", normalize=normalize, key_set=key_set, seed=7
+    )
+    layers = [Case(config, 2, 2, [17, 9], [1] * 6 + [3, 1], True, seed=s) for s in range(3)]
+    cache = KeyformerCache(PreTrainedConfig(num_hidden_layers=3), config)
+    cache.max_new_tokens = 7
+    heads = [
+        {place: case.oracle(*place, layer) for place in case.places()}
+        for layer, case in enumerate(layers)
+    ]
+    step = 0
+    for start, end in layers[0].forwards():
+        step = 0 if end - start > 1 else step + 1
+        tau = temperature(config, step, 7)
+        for number, case in enumerate(layers):
+            output = case.attend(cache, number, start, end)
+            for (row, h), head in heads[number].items():
+                expected = head.attend(*case.columns(row, h, start, end), tau)
+                check_output(case, row, h, (start, end), output, expected)
+        for row, h in layers[0].places():
+            alike = [heads[number][row, h] for number in range(3)]
+            totals = [
+                sum(t.f_theta for t in tokens)
+                for tokens in zip(*(head.tokens for head in alike), strict=True)
+            ]
+            for number, head in enumerate(alike):
+                head.evict(dict(zip(head.tokens, totals, strict=True)))
+                check_slots(cache.layers[number], row, h, head, True)
+    assert torch.equal(cache.layers[0].positions, cache.layers[2].positions)
+    assert not torch.equal(cache.layers[0].positions[:, 0], cache.layers[0].positions[:, 1])
+
+
+def check_output(case: Case, row: int, h: int, part, output: torch.Tensor, expected: list) -> None:
+    got = output[row, list(case.shared_by(h))][:, case.real(*part)[row]]
+    assert torch.allclose(got, torch.tensor(expected), atol=1e-4)
 
 
 def check_slots(layer, row: int, h: int, head: Head, scored: bool) -> None:

@@ -96,7 +96,7 @@ def test_slots_after_generate(evicting, padded, method: str, mode: str) -> None:
         budget = torch.tensor([config.budget(int(n)) for n in prompts])
         assert torch.equal(filled, torch.minimum(budget, prompts + 7)[:, None].expand(-1, 4))
         newest = layer.positions.amax(-1)
-        if config.recent_window(12):
+        if config.recent_window(12) and not config.dilation:
             assert torch.equal(newest, (prompts + 6)[:, None].expand(-1, 4))
         if method != "full":
             assert layer.keys.shape == (len(prompts), 4, 12, 8)
@@ -119,10 +119,20 @@ def test_a_batch_gives_each_sequence_its_own_result(evicting, padded, method: st
         assert torch.equal(text[0, -12:], together[row, -12:])
 
 
-@pytest.mark.parametrize("method", ["h2o", "keyformer"])
-def test_beams_keep_their_own_slots(evicting, padded, method: str) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tau_init": 1.0, "tau_end": 1.0},
+        {"score": "shared"},
+        {"key_set": "frozen"},
+        {"positions": "new"},
+        {"forgetting": 0.9, "normalize": "mean"},
+    ],
+)
+def test_beams_keep_their_own_slots(evicting, padded, settings) -> None:
     """A beam's score is that of its text fed token by token through a cache of its own."""
-    config = KeyformerConfig.preset(method, kv_cache=50, noise="none", generation_length=10)
+    config = KeyformerConfig(kv_cache=50, noise="none", generation_length=10, **settings)
     model = evicting(config)
     beams = model.generate(
         **padded,

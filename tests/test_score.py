@@ -68,20 +68,35 @@ def test_noise_follows_positions_not_slots() -> None:
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 2.0])
-def test_score_is_equation_9(tau: float) -> None:
+@pytest.mark.parametrize("schedule", ["fresh", "once"])
+def test_score_is_equation_9_summed_over_queries(tau: float, schedule: str) -> None:
+    """Softmax of (x + zeta) / tau, less for queries that lie back, and all times a factor."""
     logits = torch.randn(1, 2, 1, 3, 8)
     places = torch.arange(8)
     queries, keys = places[None, 5:8], places[None, None].expand(1, 2, 8)
-    got = Scorer("gumbel", 11, 4, tau)(logits, queries, keys)
-    zeta = noise("gumbel", 11, 4, 2, queries, keys)
+    config = KeyformerConfig(noise_schedule=schedule, forgetting=0.75)
+    got = Scorer(config, 11, 4, tau, 0.5)(logits, queries, keys, torch.tensor([9]))
+    drawn_at = queries if schedule == "fresh" else 0 * queries
+    zeta = noise("gumbel", 11, 4, 2, drawn_at, keys)
     for head in range(2):
+        expected = torch.zeros(8)
         for i in range(3):
             powers = [
                 math.exp((float(logits[0, head, 0, i, j]) + float(zeta[0, head, i, j])) / tau)
                 for j in range(8)
             ]
-            expected = torch.tensor([p / sum(powers) for p in powers])
-            assert torch.allclose(got[0, head, 0, i], expected, atol=1e-6)
+            weight = 0.5 * 0.75 ** (9 - (5 + i))
+            expected += torch.tensor([weight * p / sum(powers) for p in powers])
+        assert torch.allclose(got[0, head], expected, atol=1e-6)
+
+
+def test_padding_gives_no_score() -> None:
+    logits = torch.randn(1, 1, 2, 4, 6)
+    queries, keys = torch.tensor([[-1, -1, 4, 5]]), torch.arange(6)[None, None]
+    last = torch.tensor([5])
+    scorer = Scorer(KeyformerConfig(forgetting=0.5), 0, 0, 1.0)
+    real = scorer(logits[..., 2:, :], queries[:, 2:], keys, last)
+    assert torch.allclose(scorer(logits, queries, keys, last), real)
 
 
 def test_a_constant_changes_no_score() -> None:
@@ -89,7 +104,8 @@ def test_a_constant_changes_no_score() -> None:
     logits, places = torch.randn(1, 2, 1, 3, 8), torch.arange(8)
     keys = places[None, None].expand(1, 2, 8)
     with_constant, without = (
-        Scorer(kind, 0, 0, 1.5)(logits, places[None, 5:8], keys) for kind in ("constant", "none")
+        Scorer(KeyformerConfig(noise=kind), 0, 0, 1.5)(logits, places[None, 5:8], keys, places[7:])
+        for kind in ("constant", "none")
     )
     assert torch.allclose(with_constant, without, atol=1e-6)
 
@@ -111,7 +127,14 @@ def test_temperature_is_equation_10(tau_init, tau_end, length, step) -> None:
         *((f, v) for f in ("tau_init", "tau_end") for v in (0, -1, math.nan, math.inf)),
         *(("kv_budget", v) for v in (0, -5, 2.5, math.nan)),
         *(("generation_length", v) for v in (0, 1.5)),
+        *((f, v) for f in ("damping", "forgetting") for v in (0, -0.5, 1.01, math.nan)),
         ("noise", "uniform"),
+        ("noise_schedule", "twice"),
+        ("score", "per_head"),
+        ("normalize", "max"),
+        ("key_set", "thawed"),
+        ("positions", "old"),
+        ("dilation", -1),
         ("sinks", -1),
         ("seed", -1),
         ("backend", "numpy"),
@@ -134,6 +157,7 @@ def test_presets_are_the_rows_of_the_paper() -> None:
     }
     assert kept == {
         "window": (100, 100, 0),
+        "dilated_window": (100, 100, 0),
         "streaming_llm": (100, 96, 4),
         "key": (100, 0, 0),
         "h2o": (100, 20, 0),
@@ -147,6 +171,7 @@ def test_presets_are_the_rows_of_the_paper() -> None:
             1,
         )
     assert presets["keyformer"] == KeyformerConfig(**given)
+    assert presets["dilated_window"].dilation == 1
     with pytest.raises(InputError, match="snapkv"):
         KeyformerConfig.preset("snapkv")
     with pytest.raises(InputError, match="kv_cash"):

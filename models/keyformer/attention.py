@@ -13,6 +13,9 @@ from keyformer.score import Scorer
 Rotary = Callable[[Tensor, Tensor], Tensor]
 """Rotates (batch, heads, tokens, head_dim) by places (batch, heads or 1, tokens) int64."""
 
+HIDDEN = -1e30
+"""The logit of a key that a query may not see: finite also after a division by tau."""
+
 CHUNK_ELEMENTS = {"cpu": 2**20, "gpu": 2**23}
 """Logits held at a time, in queries times keys over batch and heads: chunks of queries keep
 memory linear in the prompt's length. On a CPU a chunk should stay in its cache."""
@@ -120,6 +123,7 @@ def attention(
     # Filled in place: small results kept between large temporaries would fragment the heap.
     output = torch.empty_like(query)
     weights = []
+    last = new.positions[:, 0].amax(dim=-1)
     chunk_elements = CHUNK_ELEMENTS["cpu" if query.device.type == "cpu" else "gpu"]
     chunk = max(1, chunk_elements // (batch * heads * (held + queries)))
     for start in range(0, queries, chunk):
@@ -136,7 +140,7 @@ def attention(
         if alibi_slopes is not None:
             logits = logits + alibi_slopes * distance
         hidden = (distance > 0) | (places < 0)[:, :, None, None, :]
-        logits = logits.masked_fill(hidden, torch.finfo(torch.float32).min)
+        logits = logits.masked_fill(hidden, HIDDEN)
 
         probability = torch.softmax(logits, dim=-1)
         mixed = probability.to(new.values.dtype).flatten(2, 3)
@@ -144,10 +148,8 @@ def attention(
         output[:, :, :, start:end] = mean.view(batch, kv_heads, group, end - start, head_dim)
         if scorer is not None:
             asked_at = new.positions[:, 0, start:end]
-            given = scorer(logits, asked_at, all_positions[..., : held + end])
-            is_padding = (asked_from < 0)[:, None, None, :, None]
-            given = given.masked_fill(is_padding, 0.0)
-            scores[..., : held + end] += given.sum(dim=(2, 3))
+            known = all_positions[..., : held + end]
+            scores[..., : held + end] += scorer(logits, asked_at, known, last)
         if output_weights:
             unseen = queries - end
             weights.append(torch.nn.functional.pad(probability.flatten(1, 2), (0, unseen)))

@@ -40,7 +40,10 @@ class KeyformerLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    _per_sequence = ("keys", "values", "positions", "scores", "_seen", "_budget", "_window")
+    _per_sequence = (
+        *("keys", "values", "positions", "scores"),
+        *("_seen", "_budget", "_window", "_frozen_before"),
+    )
 
     def __init__(self, config: KeyformerConfig) -> None:
         super().__init__()
@@ -155,7 +158,7 @@ class KeyformerLayer(CacheLayerMixin):
         rotary: Rotary | None = None,
         output_weights: bool = False,
     ) -> Attended:
-        """Attend to the slots and the new tokens, add their scores, evict to the budget.
+        """Attend to the slots and the new tokens, and add up scores; :meth:`admit` follows.
 
         Parameters
         ----------
@@ -192,19 +195,60 @@ class KeyformerLayer(CacheLayerMixin):
         new_scores = torch.zeros_like(new.positions, dtype=torch.float32)
         if attended.scores is not None:
             held = self.scores.shape[-1]
-            self.scores = self.scores + attended.scores[..., :held]
+            queries = (new.positions[:, :1] >= 0).sum(dim=-1, keepdim=True)
+            kept = self.scores * self.config.forgetting**queries
+            self.scores = kept + attended.scores[..., :held]
             new_scores = attended.scores[..., held:]
         self._grow()
-        self._admit(new, new_scores)
+        self._arrivals = new, new_scores
         return attended
+
+    @property
+    def all_scores(self) -> Tensor:
+        """Scores of the slots and, after them, of the tokens that :meth:`admit` will place."""
+        return torch.cat([self.scores, self._arrivals[1]], dim=-1)
+
+    def admit(self, ranked_by: Tensor) -> None:
+        """Write the tokens just attended that stay over the slots of those that leave.
+
+        As many slots leave as new tokens stay, head by head, so the two masks pair up.
+
+        Parameters
+        ----------
+        ranked_by
+            The scores that decide, of the shape of :attr:`all_scores`.
+        """
+        new, new_scores = self._arrivals
+        del self._arrivals
+        slots = self.positions.shape[-1]
+        positions = torch.cat([self.positions, new.positions], dim=-1)
+        leaves = self._leaves(positions, ranked_by, slots)
+        freed = leaves[..., :slots].nonzero(as_tuple=True)
+        staying = (~leaves[..., slots:]).nonzero(as_tuple=True)
+        self.keys[freed] = new.keys[staying]
+        self.values[freed] = new.values[staying]
+        self.positions[freed] = new.positions[staying]
+        self.scores[freed] = new_scores[staying]
+
+    @property
+    def in_first_prompt(self) -> bool:
+        """Whether the tokens placed last were the first ones."""
+        return self._length == self._first_prompt
 
     def _set_budgets(self, real: Tensor, device: torch.device) -> None:
         """Fix k and w of each sequence by its number of real prompt tokens."""
-        self._budget = self._budgets(real.sum(dim=-1)).to(device)
+        lengths = real.sum(dim=-1).to(device)
+        self._budget = self._budgets(lengths)
         budgets = self._budget.tolist()
         windows = [self.config.recent_window(k) for k in budgets]
         self._window = torch.tensor(windows, device=device)
         self._largest_budget = max(budgets)
+        self._first_prompt = real.shape[1]
+        self._frozen_before = self._window_start(lengths)
+
+    def _window_start(self, seen: Tensor) -> Tensor:
+        """The first position of the recent window after ``seen`` (batch,) tokens."""
+        return seen - (self.config.dilation + 1) * self._window
 
     def _grow(self) -> None:
         """Have slots for every token so far, up to the largest budget."""
@@ -219,29 +263,13 @@ class KeyformerLayer(CacheLayerMixin):
         self.positions = pad(self.positions, (0, wanted - held), value=-1)
         self.scores = pad(self.scores, (0, wanted - held))
 
-    def _admit(self, new: Tokens, new_scores: Tensor) -> None:
-        """Write the new tokens that stay over the slots of the tokens that leave.
-
-        As many slots leave as new tokens stay, head by head, so the two masks pair up.
-        """
-        slots = self.positions.shape[-1]
-        positions = torch.cat([self.positions, new.positions], dim=-1)
-        scores = torch.cat([self.scores, new_scores], dim=-1)
-        leaves = self._leaves(positions, scores, slots)
-        freed = leaves[..., :slots].nonzero(as_tuple=True)
-        staying = (~leaves[..., slots:]).nonzero(as_tuple=True)
-        self.keys[freed] = new.keys[staying]
-        self.values[freed] = new.values[staying]
-        self.positions[freed] = new.positions[staying]
-        self.scores[freed] = new_scores[staying]
-
     def _leaves(self, positions: Tensor, scores: Tensor, slots: int) -> Tensor:
         """Who leaves when the new tokens compete with the slots: the eviction rule.
 
         Slots and new tokens are ranked together and as many leave as are new. Padding goes
         first, then empty slots, then tokens by score, the younger of two equals first. Sinks
-        and the recent window stay, and so do slots beyond a sequence's own budget, which
-        therefore never fill.
+        and the recent window stay, key tokens if they are frozen, and slots beyond a
+        sequence's own budget, which therefore never fill.
 
         Parameters
         ----------
@@ -255,19 +283,24 @@ class KeyformerLayer(CacheLayerMixin):
         Tensor
             Bool, the same shape, True for those that leave.
         """
+        config = self.config
+        seen, budget = self._seen[:, None, None], self._budget[:, None, None]
+        if config.normalize == "mean":
+            scores = scores / (seen - positions)
         highest = torch.iinfo(torch.int64).max
         # Scores are never negative, so their bits sort as integers do.
         rank = scores.contiguous().view(torch.int32).to(torch.int64) << 32
         rank = rank + (torch.iinfo(torch.int32).max - positions)
-        window_start = (self._seen - self._window)[:, None, None]
-        sinks = self._budget.clamp(max=self.config.sinks)[:, None, None]
-        kept = (positions >= window_start) | (positions < sinks)
+        window_start = self._window_start(self._seen)[:, None, None]
+        kept = (positions >= window_start) & (positions % (config.dilation + 1) == 0)
+        kept |= positions < budget.clamp(max=config.sinks)
+        if config.key_set == "frozen" and not self.in_first_prompt:
+            kept |= positions < self._frozen_before[:, None, None]
         rank = rank.masked_fill(kept, highest)
         rank = rank.masked_fill(positions < 0, -1)
         place = torch.arange(positions.shape[-1], device=positions.device)
         rank = rank.masked_fill((place >= slots) & (positions < 0), -2)
-        beyond_budget = (place >= self._budget[:, None]) & (place < slots)
-        rank = rank.masked_fill(beyond_budget[:, None], highest)
+        rank = rank.masked_fill((place >= budget) & (place < slots), highest)
         leaving = rank.topk(positions.shape[-1] - slots, largest=False).indices
         return torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, leaving, True)
 
@@ -398,6 +431,12 @@ class KeyformerCache(Cache):
             rotary=rotary,
             output_weights=self.output_attentions or self.observer is not None,
         )
+        if self.config.score == "per_layer":
+            layer.admit(layer.all_scores)
+        elif layer is self.layers[-1]:
+            shared = sum(one.all_scores.to(layer.device) for one in self.layers)
+            for one in self.layers:
+                one.admit(shared.to(one.device))
         if self.observer is not None:
             self.observer(layer_idx, new.positions[:, 0], attended)
         return attended
@@ -429,7 +468,8 @@ class KeyformerCache(Cache):
             return None
         length = self.config.generation_length or self._new_tokens(layer.prompt_end)
         tau = temperature(self.config, layer.step, length)
-        return Scorer(self.config.noise, self.seed, layer_idx, tau)
+        factor = 1.0 if layer.in_first_prompt else self.config.damping
+        return Scorer(self.config, self.seed, layer_idx, tau, factor)
 
     def memory_bytes(self) -> int:
         """Bytes that keys, values, positions and scores occupy over all layers."""

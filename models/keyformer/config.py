@@ -12,12 +12,17 @@ UNLIMITED = sys.maxsize
 """A kv_budget that no text reaches: nothing is ever evicted."""
 
 NOISES = ("gumbel", "gaussian", "constant", "none")
+NOISE_SCHEDULES = ("fresh", "once")
+SCORES = ("per_layer", "shared")
+NORMALIZATIONS = ("sum", "mean")
+KEY_SETS = ("dynamic", "frozen")
 POSITIONS = ("original", "new")
 BACKENDS = ("auto", "torch")
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"kv_budget": UNLIMITED, "recent": 100.0, "sinks": 0},
     "window": {"recent": 100.0, "sinks": 0},
+    "dilated_window": {"recent": 100.0, "sinks": 0, "dilation": 1},
     "streaming_llm": {"recent": 100.0, "sinks": 4},
     "key": {"recent": 0.0, "sinks": 0, "noise": "none", "tau_init": 1.0, "tau_end": 1.0},
     "h2o": {"sinks": 0, "noise": "none", "tau_init": 1.0, "tau_end": 1.0},
@@ -49,6 +54,28 @@ class KeyformerConfig:
     noise
         Logit adjustment zeta of Eq. 4: "gumbel" (Eq. 5), "gaussian" of the same mean and
         standard deviation, "constant" (the Gumbel mean) or "none".
+    noise_schedule
+        "fresh": zeta is drawn for each query and key; "once": for each key, and stays
+        (Algorithm 1 to the letter).
+    score
+        "per_layer", or "shared": one f_theta over all layers, which then keep the same tokens
+        (Table 3). A shared prompt is evicted after the last layer, so that until then all
+        layers hold all of it.
+    damping
+        alpha of Fig. 5 in (0, 1]: factor of the scores that queries give once the cache holds
+        something, where they see fewer tokens than the text has.
+    forgetting
+        Factor in (0, 1] of all scores for each query that comes after (arXiv 2407.20485).
+    normalize
+        What ranks tokens: "sum", the accumulated score, or "mean", the score divided by the
+        number of queries that could see the token.
+    key_set
+        "dynamic": tokens outside the recent window compete at every step; "frozen": those
+        that win after the first prompt stay for good, and only the window moves on (what the
+        authors' released code does).
+    dilation
+        Of the recent window: it holds every (dilation + 1)-th token (Fig. 2c), those whose
+        position is a multiple of dilation + 1.
     positions
         What the model's position scheme is told: "original", each token's position in the
         text ("Org Pos" of Table 3), or "new", its rank among the tokens in the cache.
@@ -72,6 +99,13 @@ class KeyformerConfig:
     tau_end: float = 2.0
     generation_length: int | None = None
     noise: str = "gumbel"
+    noise_schedule: str = "fresh"
+    score: str = "per_layer"
+    damping: float = 1.0
+    forgetting: float = 1.0
+    normalize: str = "sum"
+    key_set: str = "dynamic"
+    dilation: int = 0
     positions: str = "original"
     sinks: int = 0
     seed: int | None = None
@@ -101,11 +135,18 @@ class KeyformerConfig:
         number("recent", lambda v: 0 <= v <= 100, "a percentage in [0, 100]")
         for name in ("tau_init", "tau_end"):
             number(name, lambda v: v > 0 and math.isfinite(v), "a finite temperature > 0")
+        for name in ("damping", "forgetting"):
+            number(name, lambda v: 0 < v <= 1, "a factor in (0, 1]")
         whole("kv_budget", 1, " or None")
         whole("generation_length", 1, " or None")
         whole("sinks", 0)
+        whole("dilation", 0)
         whole("seed", 0, " or None")
         choice("noise", NOISES)
+        choice("noise_schedule", NOISE_SCHEDULES)
+        choice("score", SCORES)
+        choice("normalize", NORMALIZATIONS)
+        choice("key_set", KEY_SETS)
         choice("positions", POSITIONS)
         choice("backend", BACKENDS)
 

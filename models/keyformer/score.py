@@ -94,34 +94,54 @@ def _mix(bits: Tensor) -> Tensor:
 class Scorer:
     """f_theta of one layer at one step (Eq. 9): softmax of (x + zeta) / tau.
 
-    ``kind`` and ``seed`` are those of :func:`noise`, ``tau`` that of :func:`temperature`.
+    Attributes
+    ----------
+    config
+        Kind and schedule of the noise, and forgetting.
+    seed, layer
+        Those of :func:`noise`.
+    tau
+        That of :func:`temperature`.
+    factor
+        Of every score that is given.
     """
 
-    kind: str
+    config: KeyformerConfig
     seed: int
     layer: int
     tau: float
+    factor: float = 1.0
 
-    def __call__(self, logits: Tensor, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """Score every key by every query.
+    def __call__(
+        self, logits: Tensor, query_positions: Tensor, key_positions: Tensor, last: Tensor
+    ) -> Tensor:
+        """The score that queries together give to each key.
 
         Parameters
         ----------
         logits
-            x of Eq. 4 with masked entries at the lowest float, float32,
+            x of Eq. 4, very low and finite where masked, float32,
             (batch, kv_heads, group, queries, keys).
         query_positions
-            (batch, queries) int64.
+            (batch, queries) int64, -1 for padding, which gives no score.
         key_positions
             (batch, kv_heads, keys) int64.
+        last
+            (batch,) int64, the last query's position, from which on nothing is forgotten.
 
         Returns
         -------
         Tensor
-            float32, the shape of ``logits``; each row sums to one.
+            float32, (batch, kv_heads, keys), summed over the queries (section 3.3.2).
         """
         heads = logits.shape[1] * logits.shape[2]
-        zeta = noise(self.kind, self.seed, self.layer, heads, query_positions, key_positions)
+        asked_at = query_positions
+        if self.config.noise_schedule == "once":
+            asked_at = torch.zeros_like(query_positions)
+        zeta = noise(self.config.noise, self.seed, self.layer, heads, asked_at, key_positions)
         if zeta.ndim:
             zeta = zeta.view(logits.shape)
-        return torch.softmax((logits + zeta) / self.tau, dim=-1)
+        given = torch.softmax((logits + zeta) / self.tau, dim=-1)
+        age = (last[:, None] - query_positions).to(given.dtype)
+        weight = (self.factor * self.config.forgetting**age).masked_fill(query_positions < 0, 0.0)
+        return torch.einsum("bhgqk,bq->bhk", given, weight)
