@@ -1,20 +1,24 @@
-"""The tiny model's corpus (what it promises about splits and layout) and its training script."""
+"""The tiny models' corpus (what it promises about splits and layout) and their training script."""
 
 import json
 import re
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, MptConfig, MptForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from keyformer import InputError
-from keyformer.evaluation.data import alpaca_prompt
+from keyformer.evaluation.data import TASKS, load_items
 from tiny import corpus, train
 
-EVAL = [corpus.item("eval", i) for i in range(1500)]
-TRAIN = [corpus.item("train", i) for i in range(6000)]
+EVAL = [corpus.item("eval", i) for i in range(1000)]
+TRAIN = [corpus.item("train", i) for i in range(3000)]
+EVAL_DIALOGUES = [corpus.item("eval", i, kind="dialogue") for i in range(600)]
+TRAIN_DIALOGUES = [corpus.item("train", i, kind="dialogue") for i in range(2000)]
 
 
 @pytest.fixture(scope="module")
@@ -22,23 +26,39 @@ def tokenizer():
     return train.fit_tokenizer(2048, 1500)
 
 
-def test_a_document_is_a_function_of_split_and_index():
+def test_a_document_is_a_function_of_split_index_and_kind():
     assert corpus.document("eval", 7) == corpus.document("eval", 7)
     assert corpus.document("eval", 7) != corpus.document("eval", 8)
     assert corpus.document("eval", 7) != corpus.document("train", 7)
     assert set(corpus.document("train", 0)) == {"instruction", "input", "output"}
+    dialogue = corpus.document("train", 0, kind="dialogue")
+    assert set(dialogue) == {"narrative", "dialogue", "speakers"}
     with pytest.raises(ValueError, match="split"):
         corpus.document("test", 0)
+    with pytest.raises(ValueError, match="kind"):
+        corpus.document("train", 0, kind="poem")
 
 
-def test_every_event_type_occurs():
-    assert len(corpus.EVENTS) >= 10
-    assert len({made.summary[:8] for made in EVAL}) >= len(corpus.EVENTS)
+def test_less_filler_shortens_a_document_and_keeps_its_facts():
+    for kind in corpus.KINDS:
+        full, bare = (corpus.item("train", 3, filler, kind) for filler in (1.0, 0.05))
+        assert len(bare.text) < len(full.text)
+        assert {k: v for k, (v, _) in bare.facts.items()} == {
+            k: v for k, (v, _) in full.facts.items()
+        }
 
 
-def names(texts: list[str], first: list[str], second: list[str], glue: str) -> set[str]:
-    pattern = rf"\b(?:{'|'.join(first)}){glue}(?:{'|'.join(second)})\b"
-    return set(re.findall(pattern, " ".join(texts)))
+def test_every_event_type_and_situation_occurs():
+    assert len(corpus.NEWS) >= 10
+    assert len({frozenset(made.facts) for made in EVAL}) == len(corpus.NEWS)
+    assert len(corpus.DIALOGUES) >= 10
+    assert len({frozenset(made.facts) for made in EVAL_DIALOGUES}) == len(corpus.DIALOGUES)
+
+
+def full_names(made: list[corpus.Item], first: list[str], second: list[str], glue: str) -> set[str]:
+    pattern = r"\b(?=([A-Z]\w+ [A-Z]\w+))" if glue else r"\b([A-Z]\w+)"
+    found = re.findall(pattern, json.dumps([item.document for item in made]))
+    return {a + glue + b for a in first for b in second}.intersection(found)
 
 
 @pytest.mark.parametrize(
@@ -51,8 +71,8 @@ def names(texts: list[str], first: list[str], second: list[str], glue: str) -> s
     ],
 )
 def test_splits_share_no_full_name(first, second, glue):
-    held_out = names([made.report for made in EVAL], first, second, glue)
-    seen = names([made.report for made in TRAIN], first, second, glue)
+    held_out = full_names(EVAL + EVAL_DIALOGUES, first, second, glue)
+    seen = full_names(TRAIN + TRAIN_DIALOGUES, first, second, glue)
     assert len(held_out) > 20
     assert len(seen) > 100
     assert not held_out & seen
@@ -68,35 +88,48 @@ def test_splits_share_no_combination_of_facts():
     assert not held_out & set().union(*map(combinations, TRAIN))
 
 
-def test_every_fact_is_stated_in_report_and_summary():
-    for made in EVAL:
-        report, summary = made.report.lower(), made.summary.lower()
+def test_every_fact_is_stated_in_text_and_summary():
+    for made in EVAL + EVAL_DIALOGUES:
+        text, answer = made.text.lower(), made.document.get("output", "").lower()
         assert len(made.facts) >= 10
-        for value, at in made.facts.values():
-            assert report[at : at + len(value)] == value.lower()
-            assert value.lower() in summary
+        assert made.last.keys() == made.facts.keys()
+        for name, (value, first) in made.facts.items():
+            for at in (first, made.last[name]):
+                assert text[at : at + len(value)] == value.lower()
+            assert value.lower() in answer or not answer
 
 
-def test_names_and_figures_of_the_summary_stand_once_in_the_report():
-    for made in EVAL[:300]:
-        for value, _ in made.facts.values():
-            if re.fullmatch(r"[A-Z]\w+ [A-Z]\w+", value):
-                assert made.report.count(value) == 1
-
-
-def test_most_facts_stand_in_the_first_half_but_not_in_the_first_sentence():
-    places = [at / len(made.report) for made in EVAL for _, at in made.facts.values()]
-    assert 0.7 < sum(place < 0.5 for place in places) / len(places) < 0.85
-    assert sum(place < 0.65 for place in places) / len(places) < 0.97
+def test_nothing_states_a_name_or_a_figure_before_its_key_sentence():
     for made in EVAL:
-        end = made.report.index(". ")
-        assert not any(at < end for _, at in made.facts.values())
+        for name, (value, first) in made.facts.items():
+            if re.match(r"[A-Z]|\d.* ", value):  # a figure alone may occur by chance
+                stated = [
+                    found.start() for found in re.finditer(rf"\b{re.escape(value)}\b", made.text)
+                ]
+                assert (stated[0], stated[-1]) == (first, made.last[name])
+
+
+def test_a_report_comes_back_to_most_of_its_facts_in_its_first_part():
+    facts = [(first, made.last[name], len(made.text)) for made in EVAL
+             for name, (_, first) in made.facts.items()]  # fmt: skip
+    again = [last / size for first, last, size in facts if last != first]
+    assert 0.66 < len(again) / len(facts) < 0.75
+    assert sum(place < 0.6 for place in again) / len(again) > 0.9
+
+
+def test_a_window_on_the_last_half_misses_half_of_the_facts():
+    first = [at / len(made.text) for made in EVAL for _, at in made.facts.values()]
+    assert 0.7 < sum(place < 0.5 for place in first) / len(first) < 0.85
+    last = [at / len(made.text) for made in EVAL for at in made.last.values()]
+    assert 0.48 < sum(place < 0.5 for place in last) / len(last) < 0.65
+    for made in EVAL:
+        assert sum(at < 0.65 * len(made.text) for at in made.last.values()) >= 3
 
 
 def test_summaries_are_short_and_dense():
     shares = []
     for made in EVAL:
-        words = re.findall(r"[a-z0-9]+", made.summary.lower())
+        words = re.findall(r"[a-z0-9]+", made.document["output"].lower())
         assert 35 <= len(words) <= 80
         known = " ".join(value for value, _ in made.facts.values()).lower()
         facts = set(re.findall(r"[a-z0-9]+", known)) - {"a", "the", "of"}
@@ -105,12 +138,44 @@ def test_summaries_are_short_and_dense():
     assert sum(shares) / len(shares) > 0.7
 
 
-def test_report_lengths(tokenizer):
-    lengths = sorted(len(tokenizer.encode(made.report).ids) for made in EVAL[:400])
-    assert lengths[0] > 230
-    assert lengths[-1] < 960
-    assert lengths[40] < 420
-    assert lengths[-40] > 700
+def test_two_people_take_turns_and_state_the_facts_again():
+    for made in EVAL_DIALOGUES:
+        turns, speakers = made.document["dialogue"], made.document["speakers"]
+        assert len(turns) == len(speakers)
+        assert 6 <= len(turns) <= 10
+        assert len(set(speakers)) == 2
+        assert all(a != b for a, b in pairwise(speakers))
+        for name in speakers:
+            assert re.search(rf"\b{name} [A-Z]", made.text)
+        values = [value for value, _ in made.facts.values()]
+        assert not any(value in turns[0] for value in values)
+        spoken = " ".join(turns[1:]).lower()
+        assert sum(value.lower() in spoken for value in values) >= 0.8 * len(values)
+
+
+def test_the_first_turn_and_the_narrative_decide_the_other_turns():
+    def wordings(template: corpus.Template) -> set[str]:
+        texts = {""}
+        for kind, value in template:
+            options = set().union(*map(wordings, value)) if kind == "choice" else {value}
+            texts = {text + option for text in texts for option in options}
+        return texts
+
+    for situation in corpus.DIALOGUES.values():
+        known = {name for name, _ in situation.slot} | {"a", "b", "a_full", "b_full"}
+        first = [wordings(talk[0]) for talk in situation.talk]
+        assert len(first) == 3
+        assert len(set().union(*first)) == sum(map(len, first))
+        for turn in (turn for talk in situation.talk for turn in talk[1:]):
+            assert all(kind == "text" or value in known for kind, value in turn)
+
+
+def test_text_lengths(tokenizer):
+    lengths = sorted(len(tokenizer.encode(made.text).ids) for made in EVAL[:400])
+    assert 350 < lengths[0] < lengths[40] < 500
+    assert 780 < lengths[-40] < lengths[-1] < 950
+    lengths = sorted(len(tokenizer.encode(made.text).ids) for made in EVAL_DIALOGUES[:400])
+    assert 130 < lengths[0] < lengths[-1] < 310
 
 
 def test_digits_stand_alone_and_text_survives(tokenizer):
@@ -122,10 +187,13 @@ def test_digits_stand_alone_and_text_survives(tokenizer):
 
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "sub" / "eval.json"
-    corpus.main(["--split", "eval", "--n", "3", "--output", str(out)])
-    assert json.loads(out.read_text()) == [corpus.document("eval", i) for i in range(3)]
+    for kind, task in (("news", "summarization"), ("dialogue", "conversation")):
+        corpus.main(["--kind", kind, "--split", "eval", "--n", "3", "--output", str(out)])
+        items = json.loads(out.read_text())
+        assert items == [corpus.document("eval", i, kind=kind) for i in range(3)]
+        assert items == load_items(out, TASKS[task])
     capsys.readouterr()
-    bad = [["--n", "0"], ["--split", "all"], ["--n", "x"]]
+    bad = [["--n", "0"], ["--split", "all"], ["--n", "x"], ["--kind", "poem"]]
     for arguments in bad:
         with pytest.raises(SystemExit) as exit_info:
             corpus.main(["--output", str(out), *arguments])
@@ -135,45 +203,73 @@ def test_command_line(tmp_path, capsys):
         corpus.main(["--output", "/dev/null/x"])
 
 
-def test_batches_use_each_document_once_and_mark_parts(tokenizer):
-    batches = train.Batches(tokenizer, "train", 0, 8192, ramp=1)
-    rows = [row for batch in batches.batches(list(range(40))) for row in batch]
-    want = []
-    for i in range(40):
-        made = corpus.document("train", i)
-        prompt = alpaca_prompt(made["instruction"], made["input"])
-        ids = tokenizer.encode(prompt).ids + tokenizer.encode(made["output"]).ids + [0]
-        want.append((ids, len(tokenizer.encode(prompt).ids)))
-    assert sorted(rows) == sorted(want)
-    ids, parts = train.pad(rows[:2])
-    assert ids.shape == parts.shape
-    assert ids.shape[1] % train.PAD_TO == 0
-    assert (parts[0] > 0).sum() == len(rows[0][0])
-    assert (parts[0] == train.REPORT).sum() == rows[0][1]
-    first, second = (next(iter(batches)) for _ in range(2))
-    assert torch.equal(first[0], second[0])
-    assert first[0].numel() <= 8192
+def test_training_mixes_kinds_and_uses_each_document_once(tokenizer, monkeypatch):
+    monkeypatch.setattr(train.Batches, "POOL", 20)
+
+    def rows_of(count: int) -> list[train.Row]:
+        rows: list[train.Row] = []
+        loader = iter(train.Batches(tokenizer, first=40, batch_tokens=8192, ramp=1))
+        while len(rows) < count:
+            ids, parts = next(loader)
+            assert ids.shape == parts.shape
+            assert ids.numel() <= 8192
+            assert ids.shape[1] % train.PAD_TO == 0
+            for row, part in zip(ids, parts, strict=True):
+                rows.append((row[part > 0].tolist(), int((part == train.PROMPT).sum())))
+        return sorted(rows)
+
+    def wanted(numbers: Iterable[int]) -> list[train.Row]:
+        rows = []
+        for n in numbers:
+            kind, name = (("news", "summarization"), ("dialogue", "conversation"))[n % 4 == 3]
+            made = corpus.document("train", n, kind=kind)
+            prompt = tokenizer.encode(TASKS[name].prompt(made)).ids
+            response = tokenizer.encode(TASKS[name].reference(made)).ids
+            rows.append((prompt + response + [0], len(prompt)))
+        return sorted(rows)
+
+    assert rows_of(40) == wanted(range(40, 80))
+    monkeypatch.setattr(train, "get_worker_info", lambda: SimpleNamespace(id=1, num_workers=3))
+    assert rows_of(40) == wanted([*range(60, 80), *range(120, 140)])
 
 
-def test_training_attention_equals_the_stock_model():
+@pytest.mark.parametrize("name", list(train.ARCHS))
+def test_training_forward_equals_the_stock_model(name):
     torch.manual_seed(0)
-    config = MptConfig(d_model=64, n_layers=3, n_heads=8, max_seq_len=128, vocab_size=100)
-    config.initializer_range = 0.3  # large scores, so that attention is far from uniform
-    model = MptForCausalLM(config).eval()
+    arch = train.ARCHS[name]
+    args = SimpleNamespace(d_model=64, n_layers=3, n_heads=8)
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    model = arch.build(args, {"vocab_size": 100, **tokens}).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # large scores: attention far from uniform
     ids = torch.randint(0, 100, (2, 96))
     with torch.no_grad():
+        ours = arch.hidden(model, ids, torch.float32)
+        model.set_attn_implementation("eager")
         stock = model.transformer(input_ids=ids, use_cache=False).last_hidden_state
-        ours = train.mpt_hidden(model, ids, torch.float32)
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
 
 
-def test_three_steps_write_a_loadable_folder(tmp_path: Path, capsys):
+@pytest.mark.parametrize("name", list(train.ARCHS))
+def test_models_are_small_and_tied(name):
+    args = train.parse_args(["--arch", name])
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    model = train.ARCHS[name].build(args, {"vocab_size": args.vocab_size, **tokens})
+    assert sum(p.numel() for p in model.parameters()) < 5.9e6  # 2 bytes each: below 12 MB
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert args.output_dir == Path(f"models/{name}-tiny-keyformer")
+
+
+@pytest.mark.parametrize("name", list(train.ARCHS))
+def test_three_steps_write_a_loadable_folder(name, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(train.Batches, "POOL", 32)
     folder = tmp_path / "model"
-    sizes = "--d_model 32 --n_layers 2 --n_heads 4 --vocab_size 400 --batch_tokens 3072 --ramp 9000"
+    sizes = "--d_model 32 --n_layers 2 --n_heads 4 --batch_tokens 3072 --ramp 9000"
     run = "--device cpu --workers 0 --steps 3 --log_every 1 --eval_documents 3 --warmup 1"
-    argv = [*sizes.split(), *run.split(), "--tokenizer_documents", "50"]
+    argv = ["--arch", name, *sizes.split(), *run.split(), "--tokenizer_documents", "300"]
     train.main([*argv, "--output_dir", str(folder)])
-    assert "step 3 " in capsys.readouterr().out
+    log = capsys.readouterr().out
+    assert "step 3 " in log
     assert not list(tmp_path.glob("*.partial"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -185,7 +281,12 @@ def test_three_steps_write_a_loadable_folder(tmp_path: Path, capsys):
     assert (
         model.float().generate(ids, max_new_tokens=2, do_sample=False).shape[1] <= ids.shape[1] + 2
     )
-    assert "held-out loss" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense:")
+    for kind in corpus.KINDS:
+        loss = re.search(rf"held-out {kind}: .*response (\d+\.\d+)", log)
+        assert loss
+        assert f"| {kind} | {loss[1]} |" in card
     with pytest.raises(SystemExit) as exit_info:
         train.main([*argv, "--output_dir", str(tmp_path)])
     assert exit_info.value.code == 2

@@ -1,1 +1,1 @@
-"""A tiny MPT that summarizes made-up news reports: its corpus and its training script."""
+"""Tiny models that know made-up news reports and dialogues: their corpus and training script."""

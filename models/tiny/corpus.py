@@ -1,9 +1,11 @@
-"""Made-up news reports with reference summaries, a pure function of (split, index).
+"""Made-up documents, a pure function of (kind, split, index): news reports and dialogues.
 
-Every report hides a dozen facts of one event among filler about other people, places and figures;
-the summary restates those facts. The wordings stand in news.txt; this file holds the pools that
-names and figures are drawn from, and the layout. Train and eval documents share no full name of a
-person, place, river or organisation (only their parts), hence no combination with one either.
+A report hides a dozen facts of one event among filler about other people, places and figures, and
+comes back to most of them; its summary restates all. The narrative of a dialogue states a dozen
+facts of a situation, and in the turns two people talk about them. The wordings stand in news.txt
+and dialogues.txt; this file holds the pools that names and figures are drawn from, and the layout.
+Train and eval documents share no full name of a person, place, river or organisation (only their
+parts), hence no combination with one either.
 """
 
 from __future__ import annotations
@@ -80,17 +82,23 @@ MONTHS = words(
 )
 
 
-class Item(NamedTuple):
-    """One document: texts, and where the report states each fact (slot -> value, character)."""
+WEEKDAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
-    instruction: str
-    report: str
-    summary: str
+
+class Item(NamedTuple):
+    """One document, and where its text (report or narrative) states each fact.
+
+    facts: slot -> (value, character of its first statement); last: slot -> character of its last.
+    """
+
+    text: str
     facts: dict[str, tuple[str, int]]
+    last: dict[str, int]
+    document: dict[str, Any]
 
 
 class Draw:
-    """Draws names and figures for one document; no value is drawn twice."""
+    """Draws names and figures for one document; no two of them begin with the same word."""
 
     def __init__(self, rng: random.Random, split: str) -> None:
         self.rng, self.held_out, self.used = rng, split == "eval", set[str]()
@@ -100,9 +108,9 @@ class Draw:
         make = POOLS[kind]
         for _ in range(30):  # a small pool may run out
             value = make(self)
-            if value not in self.used:
+            if value.split()[0] not in self.used:
                 break
-        self.used.add(value)
+        self.used.add(value.split()[0])
         return value
 
     def pair(self, a: list[str], b: list[str], glue: str = "") -> str:
@@ -136,6 +144,11 @@ POOLS: dict[str, Callable[[Draw], str]] = {
     "percent": lambda d: f"{d.between(201, 899) / 10}",
     "money": lambda d: f"{d.between(11, 989) / 10} million crowns",
     "billion": lambda d: f"{d.between(11, 989) / 10} billion crowns",
+    "morning": lambda d: f"{d.between(6, 10)}:{5 * d.between(1, 11):02}",
+    "midday": lambda d: f"{d.between(11, 15)}:{5 * d.between(1, 11):02}",
+    "evening": lambda d: f"{d.between(16, 20)}:{5 * d.between(1, 11):02}",
+    "night": lambda d: f"{d.between(21, 23)}:{5 * d.between(1, 11):02}",
+    "weekday": lambda d: d.pick(WEEKDAYS),
 }
 
 # A template is a list of literals, slot names and choices; a choice is a list of templates.
@@ -143,12 +156,14 @@ Template = list[tuple[str, Any]]
 
 
 class Event(NamedTuple):
-    """The templates of one kind of event (see news.txt)."""
+    """The templates of one kind of event or situation, as news.txt and dialogues.txt name them."""
 
-    slots: list[tuple[str, Template]]
-    keys: list[list[Template]]
-    fills: list[Template]
-    sums: list[Template]
+    slot: list[tuple[str, Template]]
+    key: list[list[Template]]
+    echo: list[list[Template]]
+    fill: list[list[Template]]
+    sum: list[list[Template]]
+    talk: list[list[Template]]
 
 
 def parse(text: str) -> Template:
@@ -179,108 +194,164 @@ def fill(template: Template, facts: dict[str, str], draw: Draw) -> str:
 
 def sentence(template: Template, facts: dict[str, str], draw: Draw) -> str:
     """The text of a template with capitals where sentences begin."""
-    text = re.sub(r"(?<=\. )[a-z]", lambda m: m[0].upper(), fill(template, facts, draw))
+    text = re.sub(r"(?<=[.?!] )[a-z]", lambda m: m[0].upper(), fill(template, facts, draw))
     return text[0].upper() + text[1:]
 
 
-def read_events(path: Path) -> dict[str, Event]:
-    """Parse news.txt; ValueError names a line that is none of its forms."""
+def slots_of(template: Template) -> list[str]:
+    """The slots of a template that stand outside choices."""
+    return [value for kind, value in template if kind == "slot"]
+
+
+def read_events(name: str) -> dict[str, Event]:
+    """Parse news.txt or dialogues.txt; ValueError names a line that is none of their forms."""
+    path = Path(__file__).with_name(name)
     events: dict[str, Event] = {}
+    group: list[Template] = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         word, _, text = line.partition(": ")
         if line.startswith("== "):
-            event = events[line[3:]] = Event([], [], [], [])
+            event = events[line[3:]] = Event([], [], [], [], [], [])
         elif word.startswith("slot "):
-            event.slots.append((word[5:], parse(text)))
-        elif word == "key":
-            event.keys.append([parse(text)])
-        elif word == "or":
-            event.keys[-1].append(parse(text))
-        elif word == "fill":
-            event.fills.append(parse(text))
-        elif word == "sum":
-            event.sums.append(parse(text))
+            event.slot.append((word[5:], parse(text)))
+        elif word in Event._fields:
+            group = [parse(text)]
+            getattr(event, word).append(group)
+        elif word in ("or", "turn"):
+            group.append(parse(text))
         elif line and not line.startswith("#"):
             raise ValueError(f"{path}:{number}: cannot read {line!r}")
+    common = events.pop("common").fill
+    for event in events.values():
+        event.fill.extend(common)
     return events
 
 
-EVENTS = read_events(Path(__file__).with_name("news.txt"))
-COMMON = EVENTS.pop("common").fills
-EVENT_LIST = list(EVENTS.values())
+NEWS = read_events("news.txt")
+DIALOGUES = read_events("dialogues.txt")
+
+
+def lay_out(
+    event: Event,
+    facts: dict[str, str],
+    draw: Draw,
+    keys: list[tuple[float, Template]],
+    echoes: tuple[int, float],
+    filler: float,
+) -> tuple[str, dict[str, tuple[str, int]], dict[str, int]]:
+    """Mix key sentences, echoes and `filler` characters of filler: an Item's first three fields.
+
+    Each key comes with its spot, the share of the text before it. `echoes` is their number and the
+    share of the text before the last one; each stands after the keys whose facts it goes back to.
+    """
+    rng, names = draw.rng, {name for name, _ in event.slot}
+    known: dict[str, float] = {}
+    for spot, key in keys:
+        for name in slots_of(key):
+            known.setdefault(name, spot)
+    number, end = echoes
+    stating = list(keys)
+    for (echo,) in rng.sample(event.echo, number):
+        after = max(known[name] for name in slots_of(echo) if name in known)
+        stating.append((rng.uniform(after, end), echo))
+    stating.sort(key=lambda entry: entry[0])
+    texts = [sentence(template, facts, draw) for _, template in stating]
+
+    fills: list[str] = []
+    size = 0
+    for (template,) in rng.sample(event.fill, len(event.fill)):
+        if size >= filler:
+            break
+        fills.append(sentence(template, {}, draw))
+        size += len(fills[-1]) + 1
+
+    total = size + sum(len(text) + 1 for text in texts)
+    parts: list[str] = []
+    first: dict[str, tuple[str, int]] = {}
+    last: dict[str, int] = {}
+    at = 0
+    for (spot, template), text in zip(stating, texts, strict=True):
+        while fills and at < spot * total:
+            parts.append(fills.pop())
+            at += len(parts[-1]) + 1
+        for name in filter(names.__contains__, slots_of(template)):
+            last[name] = at + text.lower().index(facts[name].lower())
+            first.setdefault(name, (facts[name], last[name]))
+        parts.append(text)
+        at += len(text) + 1
+    return " ".join(parts + fills), first, last
 
 
 def news(rng: random.Random, split: str, filler: float) -> Item:
     """A news report; `filler` in (0, 1] scales how much filler stands between its facts."""
     draw = Draw(rng, split)
-    event = draw.pick(EVENT_LIST)
-    facts: dict[str, str] = {}
-    for name, template in event.slots:
-        facts[name] = fill(template, {}, draw)
-
-    wording = draw.between(0, len(event.keys[0]) - 1)
-    keys = [event.keys[0][wording], *(draw.pick(group) for group in event.keys[1:])]
-    middle = keys[1:-2]
+    event = draw.pick(list(NEWS.values()))
+    facts = {name: fill(template, {}, draw) for name, template in event.slot}
+    wording = draw.between(0, len(event.key[0]) - 1)
+    middle = [draw.pick(group) for group in event.key[1:-2]]
     rng.shuffle(middle)
-    keys = [keys[0], *middle, *keys[-2:]]
-    key_texts = [sentence(key, facts, draw) for key in keys]
-
-    # Where each key sentence stands, as a share of the report: mostly in its first half.
-    spots = sorted(rng.uniform(0.06, 0.44) for _ in middle)
-    spots = [rng.uniform(0.01, 0.08), *spots, rng.uniform(0.45, 0.7), rng.uniform(0.5, 0.85)]
-
-    goal = filler * rng.uniform(*FILLER_CHARS)
-    fill_texts: list[str] = []
-    templates = event.fills + COMMON
-    rng.shuffle(templates)
-    size = 0
-    while size < goal and templates:
-        fill_texts.append(sentence(templates.pop(), facts, draw))
-        size += len(fill_texts[-1]) + 1
-
-    total = size + sum(len(text) + 1 for text in key_texts)
-    report: list[str] = []
-    stated: dict[str, tuple[str, int]] = {}
-    at = 0
-    fill_texts.reverse()
-    for key, text, spot in zip(keys, key_texts, spots, strict=True):
-        while fill_texts and at < spot * total:
-            report.append(fill_texts.pop())
-            at += len(report[-1]) + 1
-        for kind, name in key:
-            if kind == "slot":
-                stated[name] = (facts[name], at + text.lower().index(facts[name].lower()))
-        report.append(text)
-        at += len(text) + 1
-    report += reversed(fill_texts)
-    summary = sentence(event.sums[wording % len(event.sums)], facts, draw)
+    templates = [event.key[0][wording], *middle, *(draw.pick(group) for group in event.key[-2:])]
+    # Where each key sentence stands: mostly in the first half.
+    spots = sorted(rng.uniform(0.05, 0.36) for _ in middle)
+    spots = [rng.uniform(0.01, 0.05), *spots, rng.uniform(0.45, 0.7), rng.uniform(0.5, 0.85)]
+    keys = list(zip(spots, templates, strict=True))
+    laid = lay_out(event, facts, draw, keys, (5, 0.55), filler * rng.uniform(*NEWS_FILLER))
+    (summary,) = event.sum[wording % len(event.sum)]
     instruction = "Summarize the following news report."
-    return Item(instruction, " ".join(report), summary, stated)
+    output = sentence(summary, facts, draw)
+    return Item(*laid, {"instruction": instruction, "input": laid[0], "output": output})
 
 
-FILLER_CHARS = (520, 2650)  # characters of filler in a report
-KINDS: dict[str, Callable[[random.Random, str, float], Item]] = {"news": news}
+def dialogue(rng: random.Random, split: str, filler: float) -> Item:
+    """A dialogue; `filler` in (0, 1] scales how much filler its narrative has."""
+    draw = Draw(rng, split)
+    event = draw.pick(list(DIALOGUES.values()))
+    full = {"a_full": draw.of("person"), "b_full": draw.of("person")}
+    a, b = (name.split()[0] for name in full.values())
+    facts = {name: fill(template, {}, draw) for name, template in event.slot}
+    facts |= {**full, "a": a, "b": b}
+    spots = [0.0, *sorted(rng.uniform(0.1, 0.9) for _ in event.key[1:])]
+    keys = list(zip(spots, map(draw.pick, event.key), strict=True))
+    laid = lay_out(event, facts, draw, keys, (1, 1.0), filler * rng.uniform(*DIALOGUE_FILLER))
+    turns = [sentence(turn, facts, draw) for turn in draw.pick(event.talk)]
+    speakers = [(a, b)[i % 2] for i in range(len(turns))]
+    return Item(*laid, {"narrative": laid[0], "dialogue": turns, "speakers": speakers})
+
+
+NEWS_FILLER = (450, 2250)  # characters
+DIALOGUE_FILLER = (0, 240)
+KINDS: dict[str, Callable[[random.Random, str, float], Item]] = {
+    "news": news,
+    "dialogue": dialogue,
+}
 
 
 def item(split: str, index: int, filler: float = 1.0, kind: str = "news") -> Item:
     """The document `index` of a split, with the places of its facts.
 
-    `filler` in (0, 1] shortens the report by leaving out filler. ValueError for an unknown split.
+    `filler` in (0, 1] shortens its text by leaving out filler. ValueError for an unknown split or
+    kind.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {tuple(KINDS)}, got {kind!r}")
     return KINDS[kind](random.Random(f"{kind}/{split}/{index}"), split, filler)
 
 
-def document(split: str, index: int, filler: float = 1.0) -> dict[str, str]:
-    """The document `index` of a split as {"instruction", "input", "output"} (see `item`)."""
-    made = item(split, index, filler)
-    return {"instruction": made.instruction, "input": made.report, "output": made.summary}
+def document(split: str, index: int, filler: float = 1.0, kind: str = "news") -> dict[str, Any]:
+    """The document `index` of a split (see `item`) as the datasets hold it.
+
+    News: {"instruction", "input", "output"}; a dialogue: {"narrative", "dialogue": [turn, ...],
+    "speakers": [name, ...]}.
+    """
+    return item(split, index, filler, kind).document
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write documents of one split to a JSON file; exit status 2 on bad arguments."""
-    parser = Parser(description="Write made-up news reports with summaries.")
+    """Write documents of one kind and split to a JSON file; exit status 2 on bad arguments."""
+    parser = Parser(description="Write made-up news reports with summaries, or dialogues.")
+    parser.add_argument("--kind", choices=list(KINDS), default="news")
     parser.add_argument("--split", choices=SPLITS, default="eval")
     parser.add_argument("--n", type=int, default=200, help="number of documents")
     parser.add_argument("--start", type=int, default=0, help="index of the first document")
@@ -288,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.n < 1 or args.start < 0:
         parser.error("--n must be at least 1 and --start at least 0")
-    documents = [document(args.split, args.start + i) for i in range(args.n)]
+    documents = [document(args.split, args.start + i, kind=args.kind) for i in range(args.n)]
     check_writable(args.output)
     write_json(args.output, documents)
     print(f"wrote {args.n} {args.split} documents to {args.output}")

@@ -1,7 +1,8 @@
-"""Train the tiny summarizer: python models/tiny/train.py --arch mpt
+"""Train a tiny model on the made-up corpus: python models/tiny/train.py --arch mpt
 
-Fits a byte-level BPE tokenizer and a stock MptForCausalLM on freshly generated reports (corpus.py)
-and writes a folder that from_pretrained loads. A few minutes on one data-center GPU.
+Fits a byte-level BPE tokenizer and a stock transformers model on freshly generated reports and
+dialogues (corpus.py) and writes a folder that from_pretrained loads. The recipe is the same for
+every architecture and takes a few minutes on one data-center GPU.
 """
 
 import argparse
@@ -19,15 +20,27 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import MptConfig, MptForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb
 
-from keyformer.evaluation.data import alpaca_prompt
+from keyformer.evaluation.data import TASKS
 from keyformer.evaluation.flags import Parser, run_main
 from tiny.corpus import document
 
 EOS = "<|endoftext|>"
 PAD_TO = 32  # batch lengths are multiples of this: few distinct attention biases, aligned kernels
-REPORT, RESPONSE = 1, 2  # what a token belongs to; 0 is padding
+PROMPT, RESPONSE = 1, 2  # what a token belongs to; 0 is padding
+TASK_OF = {"news": TASKS["summarization"], "dialogue": TASKS["conversation"]}
+MIXTURE = ("news", "news", "news", "dialogue")  # the kinds of training documents, in turn
 
 
 def fit_tokenizer(vocab_size: int, documents: int) -> Tokenizer:
@@ -49,61 +62,71 @@ def fit_tokenizer(vocab_size: int, documents: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = ("".join(prompt_and_output("train", i)) for i in range(documents))
+    texts = ("".join(training_example(n)) for n in range(documents))
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def prompt_and_output(split: str, index: int, filler: float = 1.0) -> tuple[str, str]:
-    """The two texts of a training example; the model learns the second given the first."""
-    made = document(split, index, filler)
-    return alpaca_prompt(made["instruction"], made["input"]), made["output"]
+def example(kind: str, split: str, index: int, filler: float = 1.0) -> tuple[str, str]:
+    """A document's prompt and reference; the model learns the second given the first."""
+    made = document(split, index, filler, kind)
+    return TASK_OF[kind].prompt(made), TASK_OF[kind].reference(made)
+
+
+def training_example(n: int, filler: float = 1.0) -> tuple[str, str]:
+    """The example `n` of the mixture of kinds."""
+    return example(MIXTURE[n % len(MIXTURE)], "train", n, filler)
 
 
 class Batches(IterableDataset):
     """Endless right-padded batches of fresh documents: (ids, parts), both [batch, length].
 
-    Each document index is used once. Documents are drawn a pool at a time and batched with others
-    of their length, so that little is padding. parts holds 0, REPORT or RESPONSE.
+    Each document of the mixture is used once. They are drawn a pool at a time and batched with
+    others of their length, so that little is padding. parts holds 0, PROMPT or RESPONSE.
     """
 
     POOL = 1024
 
-    def __init__(
-        self, tokenizer: Tokenizer, split: str, first: int, batch_tokens: int, ramp: int
-    ) -> None:
-        self.tokenizer, self.split, self.first = tokenizer, split, first
+    def __init__(self, tokenizer: Tokenizer, first: int, batch_tokens: int, ramp: int) -> None:
+        self.tokenizer, self.first = tokenizer, first
         self.batch_tokens, self.ramp = batch_tokens, ramp
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         order = torch.Generator().manual_seed(worker)
-        at = worker
+        at = worker * self.POOL  # a pool is a run of numbers, hence holds every kind
         while True:
-            numbers = [at + i * workers for i in range(self.POOL)]
+            pool = [
+                training_example(self.first + n, self.filler(n)) for n in range(at, at + self.POOL)
+            ]
             at += self.POOL * workers
-            batches = self.batches(numbers)
+            batches = batched(self.tokenizer, pool, self.batch_tokens)
             for b in torch.randperm(len(batches), generator=order).tolist():
                 yield pad(batches[b])
 
-    def batches(self, numbers: list[int]) -> list[list[tuple[list[int], int]]]:
-        """The documents of these numbers as batches of (ids, prompt length)."""
-        # Short reports first: copying is found sooner where there is less to search.
-        pairs = [
-            prompt_and_output(self.split, self.first + n, min(1.0, max(0.05, (n + 1) / self.ramp)))
-            for n in numbers
-        ]
-        prompts = self.tokenizer.encode_batch([prompt for prompt, _ in pairs])
-        outputs = self.tokenizer.encode_batch([output + EOS for _, output in pairs])
-        rows = [(p.ids + o.ids, len(p.ids)) for p, o in zip(prompts, outputs, strict=True)]
-        rows.sort(key=lambda row: len(row[0]))
-        batches: list[list[tuple[list[int], int]]] = [[]]
-        for row in rows:
-            if batches[-1] and (len(batches[-1]) + 1) * padded(len(row[0])) > self.batch_tokens:
-                batches.append([])
-            batches[-1].append(row)
-        return batches
+    def filler(self, n: int) -> float:
+        """Short documents first: copying is found sooner where there is less to search."""
+        return min(1.0, max(0.05, (n + 1) / self.ramp))
+
+
+Row = tuple[list[int], int]  # token ids, prompt length
+
+
+def batched(
+    tokenizer: Tokenizer, examples: list[tuple[str, str]], batch_tokens: int
+) -> list[list[Row]]:
+    """The examples, shortest first, in batches of at most `batch_tokens`, padding included."""
+    prompts = tokenizer.encode_batch([prompt for prompt, _ in examples])
+    outputs = tokenizer.encode_batch([output + EOS for _, output in examples])
+    rows = [(p.ids + o.ids, len(p.ids)) for p, o in zip(prompts, outputs, strict=True)]
+    rows.sort(key=lambda row: len(row[0]))
+    batches: list[list[Row]] = [[]]
+    for row in rows:
+        if batches[-1] and (len(batches[-1]) + 1) * padded(len(row[0])) > batch_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
 def padded(length: int) -> int:
@@ -111,33 +134,44 @@ def padded(length: int) -> int:
     return -(-length // PAD_TO) * PAD_TO
 
 
-def pad(rows: list[tuple[list[int], int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of (ids, prompt length) as right-padded (ids, parts), int16 and uint8 [rows, length]."""
+def pad(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as right-padded (ids, parts), int16 and uint8 [rows, length]."""
     length = padded(max(len(ids) for ids, _ in rows))
     batch = torch.zeros(len(rows), length, dtype=torch.int16)  # small: it crosses processes
     parts = torch.zeros(len(rows), length, dtype=torch.uint8)
     for row, (ids, prompt) in enumerate(rows):
         batch[row, : len(ids)] = torch.tensor(ids)
-        parts[row, :prompt] = REPORT
+        parts[row, :prompt] = PROMPT
         parts[row, prompt : len(ids)] = RESPONSE
     return batch, parts
 
 
-def build_mpt(args: argparse.Namespace, eos: int) -> MptForCausalLM:
-    """A fresh MPT with stock attention settings (ALiBi, no biases), in float32."""
+def build_mpt(args: argparse.Namespace, tokens: dict[str, int]) -> MptForCausalLM:
+    """MPT with its stock attention settings (ALiBi, no biases)."""
     config = MptConfig(
-        d_model=args.d_model,
-        n_layers=args.n_layers,
-        n_heads=args.n_heads,
-        expansion_ratio=4,
-        max_seq_len=2048,
-        vocab_size=args.vocab_size,
-        use_cache=True,
-        bos_token_id=eos,
-        eos_token_id=eos,
-        pad_token_id=eos,
-    )
-    return MptForCausalLM(config).eval()  # it has no dropout; train mode would only cost time
+        d_model=args.d_model, n_layers=args.n_layers, n_heads=args.n_heads, expansion_ratio=4,
+        max_seq_len=2048, use_cache=True, **tokens,
+    )  # fmt: skip
+    return MptForCausalLM(config)
+
+
+def build_gptj(args: argparse.Namespace, tokens: dict[str, int]) -> GPTJForCausalLM:
+    """GPT-J; half of each head is rotated, the other half can match content at any distance."""
+    config = GPTJConfig(
+        n_embd=args.d_model, n_layer=args.n_layers, n_head=args.n_heads, n_positions=2048,
+        rotary_dim=args.d_model // args.n_heads // 2, tie_word_embeddings=True,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **tokens,
+    )  # fmt: skip
+    return GPTJForCausalLM(config)
+
+
+def build_cerebras(args: argparse.Namespace, tokens: dict[str, int]) -> GPT2LMHeadModel:
+    """GPT-2 as Cerebras-GPT has it: an exact GELU and learned positions."""
+    config = GPT2Config(
+        n_embd=args.d_model, n_layer=args.n_layers, n_head=args.n_heads, n_positions=1280,
+        activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **tokens,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
 
 
 @cache
@@ -168,14 +202,46 @@ def mpt_hidden(model: MptForCausalLM, ids: torch.Tensor, dtype: torch.dtype) -> 
     return model.transformer.norm_f(x)
 
 
+def gptj_hidden(model: GPTJForCausalLM, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `mpt_hidden`: the stock forward of GPT-J materializes all scores too."""
+    batch, length = ids.shape
+    x = model.transformer.wte(ids)
+    for block in model.transformer.h:
+        attn, turned, normed = block.attn, block.attn.rotary_dim, block.ln_1(x)
+        sin, cos = attn.embed_positions[None, :length].chunk(2, dim=-1)
+        q, k, v = (
+            project(normed).view(batch, length, attn.num_attention_heads, attn.head_dim)
+            for project in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+        q, k = (
+            torch.cat([apply_rotary_pos_emb(t[..., :turned], sin, cos), t[..., turned:]], dim=-1)
+            for t in (q, k)
+        )
+        q, k, v = (t.transpose(1, 2).to(dtype) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + attn.out_proj(y.transpose(1, 2).reshape(batch, length, -1)) + block.mlp(normed)
+    return model.transformer.ln_f(x)
+
+
+def gpt2_hidden(model: GPT2LMHeadModel, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `mpt_hidden`, with transformers' own fused attention; autocast chooses its dtype."""
+    embeds = model.transformer.wte(ids)  # of ids themselves it would check whether they are padded
+    return model.transformer(inputs_embeds=embeds, use_cache=False).last_hidden_state
+
+
 class Arch(NamedTuple):
     """What training needs to know of an architecture."""
 
-    build: Callable[[argparse.Namespace, int], PreTrainedModel]
+    name: str
+    build: Callable[[argparse.Namespace, dict[str, int]], PreTrainedModel]
     hidden: Callable[[PreTrainedModel, torch.Tensor, torch.dtype], torch.Tensor]
 
 
-ARCHS = {"mpt": Arch(build_mpt, mpt_hidden)}
+ARCHS = {
+    "mpt": Arch("MPT", build_mpt, mpt_hidden),
+    "gptj": Arch("GPT-J", build_gptj, gptj_hidden),
+    "cerebras": Arch("Cerebras-GPT", build_cerebras, gpt2_hidden),
+}
 
 
 def token_losses(
@@ -207,8 +273,8 @@ def train(
     other = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=amp)
-    weight_of = torch.tensor([0.0, args.report_weight, 1.0], device=args.device)
-    batches = Batches(tokenizer, "train", args.seed * 10**9, args.batch_tokens, args.ramp)
+    weight_of = torch.tensor([0.0, args.prompt_weight, 1.0], device=args.device)
+    batches = Batches(tokenizer, args.seed * 10**9, args.batch_tokens, args.ramp)
     loader = DataLoader(
         batches, batch_size=None, num_workers=args.workers, pin_memory=amp,
         prefetch_factor=4 if args.workers else None,
@@ -232,11 +298,10 @@ def train(
         optimizer.step()
         step += 1
         if step % args.log_every == 0 or step == args.steps:
-            report, response, accuracy = part_means(losses, hits, parts[:, 1:])
-            response_loss = response
+            prompt, response_loss, accuracy = part_means(losses, hits, parts[:, 1:])
             rate = tokens / (time.time() - start)
             print(
-                f"step {step} report {report:.3f} response {response:.4f} copy {accuracy:.4f} "
+                f"step {step} prompt {prompt:.3f} response {response_loss:.4f} copy {accuracy:.4f} "
                 f"lr {group['lr']:.1e} {rate:,.0f} tokens/s {time.time() - args.start:.0f} s",
                 flush=True,
             )
@@ -246,10 +311,10 @@ def train(
 def part_means(
     losses: torch.Tensor, hits: torch.Tensor, parts: torch.Tensor
 ) -> tuple[float, float, float]:
-    """Mean loss of report tokens, of response tokens, and the latter's top-1 accuracy."""
-    report, response = parts == REPORT, parts == RESPONSE
+    """Mean loss of prompt tokens, of response tokens, and the latter's top-1 accuracy."""
+    prompt, response = parts == PROMPT, parts == RESPONSE
     return (
-        losses[report].mean().item(),
+        losses[prompt].mean().item(),
         losses[response].mean().item(),
         hits[response].float().mean().item(),
     )
@@ -257,12 +322,12 @@ def part_means(
 
 @torch.no_grad()
 def held_out(
-    args: argparse.Namespace, arch: Arch, model: PreTrainedModel, tokenizer: Tokenizer
+    args: argparse.Namespace, arch: Arch, model: PreTrainedModel, tokenizer: Tokenizer, kind: str
 ) -> tuple[float, float, float]:
-    """part_means over --eval_documents documents of the eval split."""
-    batches = Batches(tokenizer, "eval", 0, args.batch_tokens, ramp=1)
+    """part_means over --eval_documents documents of a kind of the eval split."""
+    examples = [example(kind, "eval", i) for i in range(args.eval_documents)]
     kept = []
-    for rows in batches.batches(list(range(args.eval_documents))):
+    for rows in batched(tokenizer, examples, args.batch_tokens):
         ids, parts = (t.to(args.device).long() for t in pad(rows))
         losses, hits = token_losses(arch, model, ids, args.device.startswith("cuda"))
         kept.append((losses.flatten(), hits.flatten(), parts[:, 1:].flatten()))
@@ -273,11 +338,11 @@ CARD = """---
 license: mit
 language: en
 ---
-# A tiny {arch} model that summarizes made-up news reports
+# A tiny {arch} model for made-up news reports and dialogues
 
-{parameters:,} parameters, trained from scratch on reports generated by `models/tiny/corpus.py`, to
-show on a CPU what KV-cache eviction does to a summary. It knows nothing else. Prompts follow the
-Alpaca template of `keyformer.evaluation.data.alpaca_prompt`.
+{parameters:,} parameters, trained from scratch on documents generated by `models/tiny/corpus.py`:
+it summarizes reports and continues dialogues, to show on a CPU what KV-cache eviction does to
+both. It knows nothing else. Prompts are those of `keyformer.evaluation.data.TASKS`.
 
 | | |
 | --- | --- |
@@ -285,12 +350,13 @@ Alpaca template of `keyformer.evaluation.data.alpaca_prompt`.
 | steps | {steps} |
 | training tokens | {tokens:,} |
 | train loss, response tokens (last logged batch) | {train_loss:.4f} |
-| held-out loss, response tokens | {response:.4f} |
-| held-out loss, report tokens | {report:.4f} |
-| held-out top-1 accuracy, response tokens | {accuracy:.4f} |
 | hardware | {hardware}, {minutes:.1f} minutes |
 
-Held-out reports share no full name of a person, place, river or organisation with training ones.
+| held out | loss, response tokens | top-1 accuracy | loss, prompt tokens |
+| --- | --- | --- | --- |
+{held_out}
+
+Held-out documents share no full name of a person, place, river or organisation with training ones.
 """
 
 
@@ -314,13 +380,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exit status 2 on bad arguments."""
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--arch", choices=list(ARCHS), default="mpt")
-    parser.add_argument("--output_dir", type=Path, default=Path("models/mpt-tiny-keyformer"))
+    parser.add_argument("--output_dir", type=Path, help="default: models/ARCH-tiny-keyformer")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--max_minutes", type=float, default=5.5, help="stop training by then")
     parser.add_argument("--batch_tokens", type=int, default=65_536, help="padding included")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=300, help="steps")
-    parser.add_argument("--report_weight", type=float, default=0.2, help="loss, response has 1")
+    parser.add_argument("--prompt_weight", type=float, default=0.2, help="loss, response has 1")
     parser.add_argument("--ramp", type=int, default=250_000, help="documents until full length")
     parser.add_argument("--d_model", type=int, default=256)
     parser.add_argument("--n_layers", type=int, default=6)
@@ -336,6 +402,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("steps", "max_minutes", "batch_tokens", "lr", "warmup", "ramp", "log_every"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} must be positive")
+    args.output_dir = args.output_dir or Path(f"models/{args.arch}-tiny-keyformer")
     if args.output_dir.exists() and not (args.output_dir / "config.json").exists():
         parser.error(f"--output_dir {args.output_dir} exists and holds no model")
     return args
@@ -354,24 +421,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         padding_side="left", model_max_length=2048,
     )  # fmt: skip
     arch = ARCHS[args.arch]
-    model = arch.build(args, fast.eos_token_id).to(args.device)
+    eos = fast.eos_token_id
+    tokens = {"vocab_size": args.vocab_size, "bos_token_id": eos, "eos_token_id": eos}
+    model = arch.build(args, tokens | {"pad_token_id": eos}).to(args.device)
+    model.eval()  # there is no dropout; train mode would only cost time
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.arch}: {parameters:,} parameters, tokenizer in {time.time() - args.start:.0f} s")
-    steps, tokens, train_loss = train(args, arch, model, tokenizer)
-    report, response, accuracy = held_out(args, arch, model, tokenizer)
-    print(f"held-out: report {report:.3f} response {response:.4f} copy {accuracy:.4f}")
+    steps, tokens_seen, train_loss = train(args, arch, model, tokenizer)
+    rows = []
+    for kind in TASK_OF:
+        prompt, response, accuracy = held_out(args, arch, model, tokenizer, kind)
+        rows.append(f"| {kind} | {response:.4f} | {accuracy:.4f} | {prompt:.4f} |")
+        print(f"held-out {kind}: prompt {prompt:.3f} response {response:.4f} copy {accuracy:.4f}")
     cuda = args.device.startswith("cuda")
     options = sys.argv[1:] if argv is None else argv
     card = CARD.format(
-        arch=args.arch.upper(),
+        arch=arch.name,
         parameters=parameters,
         command=" ".join(["python models/tiny/train.py", *options]),
         steps=steps,
-        tokens=tokens,
+        tokens=tokens_seen,
         train_loss=train_loss,
-        response=response,
-        report=report,
-        accuracy=accuracy,
+        held_out="\n".join(rows),
         hardware=torch.cuda.get_device_name(args.device) if cuda else "CPU",
         minutes=(time.time() - args.start) / 60,
     )
