@@ -14,6 +14,7 @@ test: $(VENV)/test.done
 	$(BIN)/mypy
 	$(BIN)/mypy summarization
 	$(BIN)/mypy conversation
+	$(BIN)/mypy paper
 	$(BIN)/python -m pytest
 
 clean:
