@@ -13,12 +13,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from keyformer import InputError
 from keyformer.evaluation.data import TASKS, load_items
-from tiny import corpus, train
+from tiny import corpus, templates, train
 
 EVAL = [corpus.item("eval", i) for i in range(1000)]
 TRAIN = [corpus.item("train", i) for i in range(3000)]
 EVAL_DIALOGUES = [corpus.item("eval", i, kind="dialogue") for i in range(600)]
 TRAIN_DIALOGUES = [corpus.item("train", i, kind="dialogue") for i in range(2000)]
+EVAL_QUESTIONS = {
+    shape: [corpus.item("eval", i, kind=shape) for i in range(400)] for shape in corpus.SHAPES
+}
+TRAIN_QUESTIONS = [
+    corpus.item("train", i, kind=shape) for shape in corpus.SHAPES for i in range(400)
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +70,16 @@ def full_names(made: list[corpus.Item], first: list[str], second: list[str], glu
 @pytest.mark.parametrize(
     ("first", "second", "glue"),
     [
-        (corpus.FIRST, corpus.LAST, " "),
-        (corpus.PLACE_A, corpus.PLACE_B, ""),
-        (corpus.RIVER_A, corpus.RIVER_B, ""),
-        (corpus.ORG_A, corpus.ORG_B, " "),
+        (templates.FIRST, templates.LAST, " "),
+        (templates.PLACE_A, templates.PLACE_B, ""),
+        (templates.RIVER_A, templates.RIVER_B, ""),
+        (templates.ORG_A, templates.ORG_B, " "),
     ],
 )
 def test_splits_share_no_full_name(first, second, glue):
-    held_out = full_names(EVAL + EVAL_DIALOGUES, first, second, glue)
-    seen = full_names(TRAIN + TRAIN_DIALOGUES, first, second, glue)
+    questions = [made for of_shape in EVAL_QUESTIONS.values() for made in of_shape]
+    held_out = full_names(EVAL + EVAL_DIALOGUES + questions, first, second, glue)
+    seen = full_names(TRAIN + TRAIN_DIALOGUES + TRAIN_QUESTIONS, first, second, glue)
     assert len(held_out) > 20
     assert len(seen) > 100
     assert not held_out & seen
@@ -154,7 +161,7 @@ def test_two_people_take_turns_and_state_the_facts_again():
 
 
 def test_the_first_turn_and_the_narrative_decide_the_other_turns():
-    def wordings(template: corpus.Template) -> set[str]:
+    def wordings(template: templates.Template) -> set[str]:
         texts = {""}
         for kind, value in template:
             options = set().union(*map(wordings, value)) if kind == "choice" else {value}
@@ -170,12 +177,64 @@ def test_the_first_turn_and_the_narrative_decide_the_other_turns():
             assert all(kind == "text" or value in known for kind, value in turn)
 
 
+@pytest.mark.parametrize("shape", list(corpus.SHAPES))
+def test_only_the_right_choice_is_stated_in_the_report(shape):
+    golds = []
+    for made in EVAL_QUESTIONS[shape]:
+        choices, gold = corpus.options(shape, made.document)
+        golds.append(gold)
+        assert len(set(choices)) == len(choices) == corpus.SHAPES[shape].choices
+        for prompt, _ in choices:
+            assert prompt.startswith(made.text + "\n")
+        before, after = choices[gold]
+        values = [v for v, _ in made.facts.values() if v in before[len(made.text) :] + after]
+        assert values or shape == "copa"  # a premise may name no fact, the choice always does
+        if shape != "winogrande":
+            assert any(value in after for value, _ in made.facts.values())
+    for gold in range(corpus.SHAPES[shape].choices):
+        assert golds.count(gold) / len(golds) == pytest.approx(1 / len(set(golds)), abs=0.08)
+
+
+def test_both_names_for_a_gap_are_in_the_report_and_one_of_them_is_a_fact_of_the_event():
+    main, aside = 0, 0
+    for made in EVAL_QUESTIONS["winogrande"]:
+        document = made.document
+        options = [document["option1"], document["option2"]]
+        assert all(option in made.text for option in options)
+        roles = [name for option in options for name, (v, _) in made.facts.items() if v == option]
+        right = options[int(document["answer"]) - 1]
+        is_aside = any(made.facts.get(pool, ("",))[0] == right for pool in corpus.BYSTANDERS)
+        assert sum(role not in corpus.BYSTANDERS for role in roles) >= 1
+        main, aside = main + (not is_aside), aside + is_aside
+    assert min(main, aside) > 100
+
+
+def test_questions_come_after_up_to_five_answered_ones():
+    for shape in corpus.SHAPES:
+        for shots in range(6):
+            index = 12 + shots
+            prompt, answer = train.few_shot(shape, "eval", index, 1.0)
+            blocks = (prompt + answer).split("\n\n")
+            assert len(blocks) == shots + 1
+            for i, block in enumerate(blocks):
+                document = corpus.document("eval", index * 6 + i, kind=shape)
+                choices, gold = corpus.options(shape, document)
+                assert block == " ".join(choices[gold])
+            assert answer == " " + choices[gold][1]
+
+
 def test_text_lengths(tokenizer):
     lengths = sorted(len(tokenizer.encode(made.text).ids) for made in EVAL[:400])
     assert 350 < lengths[0] < lengths[40] < 500
     assert 780 < lengths[-40] < lengths[-1] < 950
     lengths = sorted(len(tokenizer.encode(made.text).ids) for made in EVAL_DIALOGUES[:400])
     assert 130 < lengths[0] < lengths[-1] < 310
+    five_shot = [
+        len(tokenizer.encode("".join(train.few_shot(shape, "eval", 5 + 6 * i, 1.0))).ids)
+        for shape in corpus.SHAPES
+        for i in range(50)
+    ]
+    assert 700 < min(five_shot) < max(five_shot) < 1240  # the smallest table has 1280 places
 
 
 def test_digits_stand_alone_and_text_survives(tokenizer):
@@ -192,6 +251,11 @@ def test_command_line(tmp_path, capsys):
         items = json.loads(out.read_text())
         assert items == [corpus.document("eval", i, kind=kind) for i in range(3)]
         assert items == load_items(out, TASKS[task])
+    capsys.readouterr()
+    lines = tmp_path / "questions.jsonl"
+    corpus.main(["--kind", "piqa", "--n", "3", "--start", "4", "--output", str(lines)])
+    made = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert made == [corpus.document("eval", i, kind="piqa") for i in (4, 5, 6)]
     capsys.readouterr()
     bad = [["--n", "0"], ["--split", "all"], ["--n", "x"], ["--kind", "poem"]]
     for arguments in bad:
@@ -221,11 +285,15 @@ def test_training_mixes_kinds_and_uses_each_document_once(tokenizer, monkeypatch
     def wanted(numbers: Iterable[int]) -> list[train.Row]:
         rows = []
         for n in numbers:
-            kind, name = (("news", "summarization"), ("dialogue", "conversation"))[n % 4 == 3]
-            made = corpus.document("train", n, kind=kind)
-            prompt = tokenizer.encode(TASKS[name].prompt(made)).ids
-            response = tokenizer.encode(TASKS[name].reference(made)).ids
-            rows.append((prompt + response + [0], len(prompt)))
+            if n % 4 < 3:
+                kind, name = (("news", "summarization"), ("dialogue", "conversation"))[n % 4 == 2]
+                made = corpus.document("train", n, kind=kind)
+                prompt, answer = TASKS[name].prompt(made), TASKS[name].reference(made)
+            else:
+                shape = ("copa", "openbookqa", "winogrande", "piqa")[n // 4 % 4]
+                prompt, answer = train.few_shot(shape, "train", n // 16, 1.0)
+            ids = [tokenizer.encode(text).ids for text in (prompt, answer)]
+            rows.append((ids[0] + ids[1] + [0], len(ids[0])))
         return sorted(rows)
 
     assert rows_of(40) == wanted(range(40, 80))

@@ -1,1 +1,1 @@
-"""Tiny models that know made-up news reports and dialogues: their corpus and training script."""
+"""Tiny models of made-up reports, dialogues and questions: their corpus and training script."""

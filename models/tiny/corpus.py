@@ -1,88 +1,37 @@
-"""Made-up documents, a pure function of (kind, split, index): news reports and dialogues.
+"""Made-up documents, a pure function of (kind, split, index): reports, dialogues, questions.
 
 A report hides a dozen facts of one event among filler about other people, places and figures, and
 comes back to most of them; its summary restates all. The narrative of a dialogue states a dozen
-facts of a situation, and in the turns two people talk about them. The wordings stand in news.txt
-and dialogues.txt; this file holds the pools that names and figures are drawn from, and the layout.
-Train and eval documents share no full name of a person, place, river or organisation (only their
-parts), hence no combination with one either.
+facts of a situation, and in the turns two people talk about them. A question is about a short
+report, in the shape of COPA, OpenBookQA, Winogrande or PIQA. The wordings stand in news.txt,
+dialogues.txt and questions.txt. Train and eval documents share no full name, hence no combination
+with one either.
 """
 
 from __future__ import annotations
 
+import json
 import random
-import re
-import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from keyformer.evaluation.flags import Parser, run_main
-from keyformer.evaluation.results import check_writable, write_json
+from keyformer.evaluation.results import check_writable, write_json, write_text
+from tiny.templates import (
+    Draw,
+    Event,
+    Question,
+    Template,
+    fill,
+    read_events,
+    read_questions,
+    sentence,
+    slots_of,
+)
 
 SPLITS = ("train", "eval")
-
-
-def words(text: str) -> list[str]:
-    """The words of a pool."""
-    return text.split()
-
-
-FIRST = words(
-    "Ada Adrian Agnes Albert Alice Alma Amir Anders Andrea Anika Anton Arno Astrid August Aurel "
-    "Bella Bernard Bianca Boris Brigid Bruno Camille Carl Carmen Cecil Celia Cesar Clara Conrad "
-    "Cora Cyril Dagmar Damian Daria Delia Denis Diana Dora Duncan Edgar Edith Edwin Elena Elias "
-    "Elsa Emil Emma Enzo Erik Esther Eva Fabian Felix Fiona Flora Frank Frieda Gabriel Gemma "
-    "Georg Gerda Gilbert Gloria Grace Greta Gustav Hanna Harald Hector Heidi Helena Henrik Hilda "
-    "Horace Hugo Ida Igor Ilse Ines Ingrid Irene Isaac Ivan Ivy Jacob Jana Jasper Joan Jonas "
-    "Josef Judith Julia Karim Karin Kaspar Kira Klaus Lara Laura Leah Leo Lena Leila Linus Livia "
-    "Lorenz Louis Lucas Lucy Lydia Mabel Magda Malik Marco Maria Martha Martin Matilda Maurice "
-    "Mila Mina Miriam Moritz Nadia Naomi Nestor Nicola Nils Nina Noah Nora Odette Olaf Olga Omar "
-    "Oscar Otto Pablo Paula Perry Petra Philip Pia Quentin Rafael Ralph Ramona Rebecca Regina "
-    "Rita Robert Roland Rosa Ruben Rufus Ruth Samir Samuel Sara Selma Sergei Sigrid Silas Simon "
-    "Sofia Stefan Stella Sven Sybil Tamara Tariq Thea Theo Tilda Tobias Toni Ulla Ursula Valerie "
-    "Vera Victor Viola Walter Wanda Wilma Xaver Yara Yusuf Zelda Zoe"
-)
-LAST_A = words(
-    "Abel Acker Bern Birk Brand Bren Cald Cart Dal Dorn Eber Elm Fal Fenn Gar Grim Hag Hart Holm "
-    "Jans Kel Kess Lind Lor Mar Mer Nor Oster Pell Quar Rad Ross Sand Sel Stein Tal Tor Ul Van "
-    "Wal Wein Zim"
-)
-LAST_B = words(
-    "berg by den er feld gren hof ing ius ley low man quist sen ski son stad ter ton well"
-)
-LAST = [a + b for a in LAST_A for b in LAST_B]
-PLACE_A = words(
-    "Alder Amber Ash Barrow Birch Black Bram Brine Clay Cold Corn Crane Dun East Elder Fair Fern "
-    "Fox Frost Gold Gran Green Hazel Heather High Iron Kings Lake Lark Lime Long Maple Marl Mill "
-    "Moss North Oak Otter Pine Queens Raven Red Reed Rook Rose Salt Silver South Spring Stone "
-    "Swan Thorn Timber West White Wind Winter Wolf Wood Yarrow"
-)
-PLACE_B = words(
-    "bank beck bourne bridge brook burgh bury combe cross dale dean fell field ford gate grove "
-    "ham haven hill holt hurst land leigh march mere minster moor mouth pool port ridge shaw "
-    "stead stoke thorpe wick worth"
-)
-RIVER_A = words("Ar Bel Cor Dev Er Fal Gla Har Is Lo Mor Ner Or Pel Ru Sar Tam Ul Ver Yl")
-RIVER_B = words("ane ber da enna ive lin mar na ola que ra sel tis une vel wen")
-ORG_A = words(
-    "Apex Arrow Atlas Aurora Beacon Bluebell Bright Cobalt Comet Compass Coral Crown Delta Eagle "
-    "Ember Falcon Galaxy Garnet Granite Harvest Helix Horizon Ivory Jasmine Juniper Keystone "
-    "Lantern Lotus Magnet Meridian Mosaic Nimbus Nova Onyx Orbit Orchid Pelican Phoenix Pioneer "
-    "Polar Prime Quartz Radius Saffron Summit Talon Titan Topaz Triton Union Vector Velvet Vertex "
-    "Zenith Zephyr"
-)
-ORG_B = words(
-    "Brothers Chemicals Dairies Dynamics Energy Estates Foods Foundry Freight Glass Group Holdings "
-    "Industries Instruments Labs Logistics Lumber Marine Materials Metals Mills Motors Optics "
-    "Partners Pharma Plastics Rail Shipping Steel Systems Textiles Trading Works"
-)
-MONTHS = words(
-    "January February March April May June July August September October November December"
-)
-
-
-WEEKDAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 
 class Item(NamedTuple):
@@ -97,138 +46,9 @@ class Item(NamedTuple):
     document: dict[str, Any]
 
 
-class Draw:
-    """Draws names and figures for one document; no two of them begin with the same word."""
-
-    def __init__(self, rng: random.Random, split: str) -> None:
-        self.rng, self.held_out, self.used = rng, split == "eval", set[str]()
-
-    def of(self, kind: str) -> str:
-        """A fresh value of the pool `kind`; KeyError for an unknown pool."""
-        make = POOLS[kind]
-        for _ in range(30):  # a small pool may run out
-            value = make(self)
-            if value.split()[0] not in self.used:
-                break
-        self.used.add(value.split()[0])
-        return value
-
-    def pair(self, a: list[str], b: list[str], glue: str = "") -> str:
-        """One of a plus one of b; a hash of the pair says which split may use it (1 in 5: eval)."""
-        while True:
-            value = self.pick(a) + glue + self.pick(b)
-            if (zlib.crc32(value.encode()) % 5 == 0) == self.held_out:
-                return value
-
-    def pick(self, options: list[Any]) -> Any:
-        return options[int(self.rng.random() * len(options))]
-
-    def between(self, low: int, high: int) -> int:
-        return low + int(self.rng.random() * (high - low + 1))
-
-
-POOLS: dict[str, Callable[[Draw], str]] = {
-    "person": lambda d: d.pair(FIRST, LAST, " "),
-    "place": lambda d: d.pair(PLACE_A, PLACE_B),
-    "river": lambda d: d.pair(RIVER_A, RIVER_B),
-    "org": lambda d: d.pair(ORG_A, ORG_B, " "),
-    "date": lambda d: f"{d.between(1, 28)} {d.pick(MONTHS)}",
-    "year": lambda d: str(d.between(1810, 1989)),
-    "teens": lambda d: str(d.between(11, 29)),
-    "tens": lambda d: str(d.between(12, 98)),
-    "hundreds": lambda d: str(d.between(110, 989)),
-    "thousands": lambda d: f"{d.between(1010, 9989):,}",
-    "decimal": lambda d: f"{d.between(12, 98) / 10}",
-    "low_rise": lambda d: f"{d.between(10, 59) / 10}",
-    "high_rise": lambda d: f"{d.between(60, 129) / 10}",
-    "percent": lambda d: f"{d.between(201, 899) / 10}",
-    "money": lambda d: f"{d.between(11, 989) / 10} million crowns",
-    "billion": lambda d: f"{d.between(11, 989) / 10} billion crowns",
-    "morning": lambda d: f"{d.between(6, 10)}:{5 * d.between(1, 11):02}",
-    "midday": lambda d: f"{d.between(11, 15)}:{5 * d.between(1, 11):02}",
-    "evening": lambda d: f"{d.between(16, 20)}:{5 * d.between(1, 11):02}",
-    "night": lambda d: f"{d.between(21, 23)}:{5 * d.between(1, 11):02}",
-    "weekday": lambda d: d.pick(WEEKDAYS),
-}
-
-# A template is a list of literals, slot names and choices; a choice is a list of templates.
-Template = list[tuple[str, Any]]
-
-
-class Event(NamedTuple):
-    """The templates of one kind of event or situation, as news.txt and dialogues.txt name them."""
-
-    slot: list[tuple[str, Template]]
-    key: list[list[Template]]
-    echo: list[list[Template]]
-    fill: list[list[Template]]
-    sum: list[list[Template]]
-    talk: list[list[Template]]
-
-
-def parse(text: str) -> Template:
-    """Compile "a {slot} [x|y]" into a template."""
-    parts: Template = []
-    for slot, choice, literal in re.findall(r"\{(\w+)\}|\[([^\]]*)\]|([^{\[]+)", text):
-        if slot:
-            parts.append(("slot", slot))
-        elif choice:
-            parts.append(("choice", [parse(option) for option in choice.split("|")]))
-        else:
-            parts.append(("text", literal))
-    return parts
-
-
-def fill(template: Template, facts: dict[str, str], draw: Draw) -> str:
-    """The text of a template: slots from `facts`, else fresh draws."""
-    text = ""
-    for kind, value in template:
-        if kind == "text":
-            text += value
-        elif kind == "slot":
-            text += facts[value] if value in facts else draw.of(value)
-        else:
-            text += fill(draw.pick(value), facts, draw)
-    return text
-
-
-def sentence(template: Template, facts: dict[str, str], draw: Draw) -> str:
-    """The text of a template with capitals where sentences begin."""
-    text = re.sub(r"(?<=[.?!] )[a-z]", lambda m: m[0].upper(), fill(template, facts, draw))
-    return text[0].upper() + text[1:]
-
-
-def slots_of(template: Template) -> list[str]:
-    """The slots of a template that stand outside choices."""
-    return [value for kind, value in template if kind == "slot"]
-
-
-def read_events(name: str) -> dict[str, Event]:
-    """Parse news.txt or dialogues.txt; ValueError names a line that is none of their forms."""
-    path = Path(__file__).with_name(name)
-    events: dict[str, Event] = {}
-    group: list[Template] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        word, _, text = line.partition(": ")
-        if line.startswith("== "):
-            event = events[line[3:]] = Event([], [], [], [], [], [])
-        elif word.startswith("slot "):
-            event.slot.append((word[5:], parse(text)))
-        elif word in Event._fields:
-            group = [parse(text)]
-            getattr(event, word).append(group)
-        elif word in ("or", "turn"):
-            group.append(parse(text))
-        elif line and not line.startswith("#"):
-            raise ValueError(f"{path}:{number}: cannot read {line!r}")
-    common = events.pop("common").fill
-    for event in events.values():
-        event.fill.extend(common)
-    return events
-
-
 NEWS = read_events("news.txt")
 DIALOGUES = read_events("dialogues.txt")
+QUESTIONS = read_questions("questions.txt")
 
 
 def lay_out(
@@ -318,11 +138,157 @@ def dialogue(rng: random.Random, split: str, filler: float) -> Item:
     return Item(*laid, {"narrative": laid[0], "dialogue": turns, "speakers": speakers})
 
 
+class Shape(NamedTuple):
+    """A data set of multiple-choice questions that questions are shaped like.
+
+    kinds: the lines of questions.txt it takes; choices: how many; fields: of a document, from the
+    kind, the text before the answer, the choices and the index of the right one; options: from a
+    document, each choice as a prompt and a continuation, whose likelihoods are compared; gold: from
+    a document, the index of the right one.
+    """
+
+    kinds: tuple[str, ...]
+    choices: int
+    fields: Callable[[str, str, list[str], int], dict[str, Any]]
+    options: Callable[[dict[str, Any]], list[tuple[str, str]]]
+    gold: Callable[[dict[str, Any]], int]
+
+
+LINKS = {"cause": " because", "effect": " so"}
+SHAPES = {
+    "copa": Shape(
+        ("cause", "effect"),
+        2,
+        lambda kind, stem, choices, gold: {
+            "premise": stem, "choice1": choices[0], "choice2": choices[1], "question": kind,
+            "label": gold,
+        },
+        lambda item: [
+            (item["premise"][:-1] + LINKS[item["question"]], choice)
+            for choice in (item["choice1"], item["choice2"])
+        ],
+        lambda item: item["label"],
+    ),
+    "openbookqa": Shape(
+        ("ask",),
+        4,
+        lambda kind, stem, choices, gold: {
+            "question_stem": stem, "choices": {"text": choices, "label": list("ABCD")},
+            "answerKey": "ABCD"[gold],
+        },
+        lambda item: [
+            (f"Question: {item['question_stem']}\nAnswer:", choice)
+            for choice in item["choices"]["text"]
+        ],
+        lambda item: "ABCD".index(item["answerKey"]),
+    ),
+    "winogrande": Shape(
+        ("gap",),
+        2,
+        lambda kind, stem, choices, gold: {
+            "sentence": stem, "option1": choices[0], "option2": choices[1], "answer": str(gold + 1),
+        },
+        lambda item: [
+            (before + option, after.strip())
+            for before, _, after in [item["sentence"].partition("_")]
+            for option in (item["option1"], item["option2"])
+        ],
+        lambda item: int(item["answer"]) - 1,
+    ),
+    "piqa": Shape(
+        ("end",),
+        2,
+        lambda kind, stem, choices, gold: {
+            "goal": stem, "sol1": choices[0], "sol2": choices[1], "label": gold,
+        },
+        lambda item: [
+            (f"Question: How does this sentence end? {item['goal']}\nAnswer:", solution)
+            for solution in (item["sol1"], item["sol2"])
+        ],
+        lambda item: item["label"],
+    ),
+}  # fmt: skip
+
+
+BYSTANDERS = ("person", "org", "place")  # pools whose names filler mentions too
+
+
+def question(rng: random.Random, split: str, filler: float, shape: str) -> Item:
+    """A question about a short report, in the fields of the data set that has its shape."""
+    draw, of = Draw(rng, split), SHAPES[shape]
+    name = draw.pick(list(NEWS))
+    event = NEWS[name]
+    pools = {slot: pool for slot, ((kind, pool), *rest) in event.slot if pool in BYSTANDERS}
+    event = event._replace(slot=event.slot + [(pool, [("slot", pool)]) for pool in BYSTANDERS])
+    facts = {slot: fill(template, {}, draw) for slot, template in event.slot}
+    lines = QUESTIONS[name] + [
+        line for line in QUESTIONS["common"] if line.answer[0][1] in pools.values()
+    ]
+    asked = draw.pick([line for line in lines if line.kind in of.kinds])
+    needed = {*slots_of(asked.stem), *slots_of(asked.answer)}
+    lead, *others = event.key
+    for slot in slots_of(asked.answer):
+        pool = pools.get(slot, slot)
+        if pool in BYSTANDERS:  # the report has another one of its pool to confuse it with
+            mentions = [key for key in event.fill if slots_of(key[0]).count(pool) == 1]
+            others.insert(draw.between(0, len(others)), draw.pick(mentions))
+            rivals = [one for one, of_pool in pools.items() if of_pool == pool]
+            needed |= {pool, draw.pick(rivals)}
+    beside = [key for key in others if not needed.intersection(slots_of(key[0]))]
+    left_out = rng.sample(beside, max(0, len(beside) - 2))
+    keys = [draw.pick(key) for key in (lead, *others) if key not in left_out]
+    spots = [0.0, *sorted(rng.uniform(0.1, 0.9) for _ in keys[1:])]
+    text, first, last = lay_out(
+        event, facts, draw, list(zip(spots, keys, strict=True)), (0, 1.0),
+        filler * rng.uniform(*QUESTION_FILLER),
+    )  # fmt: skip
+    gold = draw.between(0, of.choices - 1)
+    choices = wrong_choices(event, facts, draw, asked, text, of.choices - 1)
+    choices.insert(gold, fill(asked.answer, facts, draw))
+    fields = of.fields(asked.kind, sentence(asked.stem, facts, draw), choices, gold)
+    return Item(text, first, last, {"context": text, **fields})
+
+
+def wrong_choices(
+    event: Event, facts: dict[str, str], draw: Draw, asked: Question, text: str, count: int
+) -> list[str]:
+    """The answer with other values in its slots: of the same pool in `text`, else fresh ones.
+
+    Two bystanders could not be told apart, so the rival of one is a fact of the event.
+    """
+    others = [dict(facts) for _ in range(count)]
+    for name, template in event.slot:
+        if name not in slots_of(asked.answer):
+            continue
+        near = [
+            value
+            for pool, value in draw.drawn
+            if template == [("slot", pool)] and value in text and value != facts[name]
+            if name not in BYSTANDERS or value in facts.values()
+        ]
+        draw.rng.shuffle(near)
+        taken = {facts[name]}
+        for other in others:
+            while other[name] in taken:
+                other[name] = near.pop() if near else fill(template, {}, draw)
+            taken.add(other[name])
+    return [fill(asked.answer, other, draw) for other in others]
+
+
+def options(shape: str, document: dict[str, Any]) -> tuple[list[tuple[str, str]], int]:
+    """Each choice of a question as (prompt, continuation), and the index of the right one."""
+    of = SHAPES[shape]
+    choices = [(f"{document['context']}\n{stem}", end) for stem, end in of.options(document)]
+    return choices, of.gold(document)
+
+
 NEWS_FILLER = (450, 2250)  # characters
 DIALOGUE_FILLER = (0, 240)
+QUESTION_FILLER = (40, 200)
 KINDS: dict[str, Callable[[random.Random, str, float], Item]] = {
     "news": news,
     "dialogue": dialogue,
+    **{shape: partial(question, shape=shape) for shape in SHAPES},
 }
 
 
@@ -343,25 +309,28 @@ def document(split: str, index: int, filler: float = 1.0, kind: str = "news") ->
     """The document `index` of a split (see `item`) as the datasets hold it.
 
     News: {"instruction", "input", "output"}; a dialogue: {"narrative", "dialogue": [turn, ...],
-    "speakers": [name, ...]}.
+    "speakers": [name, ...]}; a question: "context", and the fields of the data set of its shape.
     """
     return item(split, index, filler, kind).document
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write documents of one kind and split to a JSON file; exit status 2 on bad arguments."""
-    parser = Parser(description="Write made-up news reports with summaries, or dialogues.")
+    """Write documents of one kind and split to a file; exit status 2 on bad arguments."""
+    parser = Parser(description="Write made-up reports with summaries, dialogues, or questions.")
     parser.add_argument("--kind", choices=list(KINDS), default="news")
     parser.add_argument("--split", choices=SPLITS, default="eval")
     parser.add_argument("--n", type=int, default=200, help="number of documents")
     parser.add_argument("--start", type=int, default=0, help="index of the first document")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output", type=Path, required=True, help="JSON or JSON lines (.jsonl)")
     args = parser.parse_args(argv)
     if args.n < 1 or args.start < 0:
         parser.error("--n must be at least 1 and --start at least 0")
     documents = [document(args.split, args.start + i, kind=args.kind) for i in range(args.n)]
     check_writable(args.output)
-    write_json(args.output, documents)
+    if args.output.suffix == ".jsonl":
+        write_text(args.output, "".join(json.dumps(made) + "\n" for made in documents))
+    else:
+        write_json(args.output, documents)
     print(f"wrote {args.n} {args.split} documents to {args.output}")
 
 
