@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from keyformer.config import METHODS, InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
-from keyformer.evaluation.data import TASKS, load_items, make_prompt, sample
+from keyformer.evaluation.data import TASKS, Task, load_items, make_prompt, sample
 from keyformer.evaluation.generation import generate
 from keyformer.evaluation.results import check_writable, run_record, write_json
 from keyformer.evaluation.run import load, prompt_room, summary
@@ -39,8 +39,8 @@ def compare(
     InputError
         If a flag, the dataset, the model or the record's path cannot be used.
     """
-    flags = parse(argv, description, here / "data" / "sample_eval.json")
     task = TASKS[task_name]
+    flags = parse(argv, description, task, here / "data" / "sample_eval.json")
     if flags.record:
         check_writable(flags.record)
     settings = list(rows(flags))
@@ -77,7 +77,7 @@ def compare(
 
 
 def parse(
-    argv: Sequence[str] | None, description: str | None, dataset_path: Path
+    argv: Sequence[str] | None, description: str | None, task: Task, dataset_path: Path
 ) -> argparse.Namespace:
     """The flags, checked.
 
@@ -101,7 +101,7 @@ def parse(
     parser.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
     parser.add_argument("--bs", type=int, default=8)
     parser.add_argument("--beam", type=int, default=1)
-    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--max_new_tokens", type=int, default=task.max_new_tokens)
     parser.add_argument("--show", type=int, default=0, help="print the texts of this many items")
     parser.add_argument("--record", type=Path, help="write the rows and their record as JSON")
     flags = parser.parse_args(argv)

@@ -33,6 +33,8 @@ class Task:
         Make an item's prompt, and the text that would be its right continuation.
     scored
         The part of a text, generated or reference, that ROUGE looks at.
+    max_new_tokens
+        How many tokens are generated at most unless the user says otherwise.
     """
 
     texts: tuple[str, ...]
@@ -41,6 +43,7 @@ class Task:
     prompt: Callable[[Item], str]
     reference: Callable[[Item], str]
     scored: Callable[[Item, str], str]
+    max_new_tokens: int
 
 
 def alpaca_prompt(instruction: str, input: str) -> str:
@@ -87,6 +90,7 @@ TASKS = {
         prompt=lambda item: alpaca_prompt(item["instruction"], item["input"]),
         reference=lambda item: item["output"],
         scored=lambda item, text: text,
+        max_new_tokens=128,
     ),
     "conversation": Task(
         texts=("narrative",),
@@ -95,6 +99,7 @@ TASKS = {
         prompt=dialogue_prompt,
         reference=dialogue_reference,
         scored=spoken,
+        max_new_tokens=256,
     ),
 }
 

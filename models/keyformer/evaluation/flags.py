@@ -205,7 +205,12 @@ def task_flags(
     group.add_argument("--num_return_sequences", type=int, default=1)
     group.add_argument("--no_repeat_ngram_size", type=int, default=0)
     group.add_argument("--repetition_penalty", type=float, default=1.0)
-    group.add_argument("--max_new_tokens", type=int, default=128, help="generated at most")
+    group.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=TASKS[task].max_new_tokens,
+        help="generated at most (default: %(default)s)",
+    )
     group.add_argument("--max_gen_length", type=int, help="prompt and generated together at most")
     group.add_argument("--min_gen_length", type=int, default=0, help="generated at least")
     group.add_argument("--eos_token_id", type=int, help="ends a text (default: the model's)")

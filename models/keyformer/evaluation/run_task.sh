@@ -26,6 +26,6 @@ out=${OUT_DIR:-$here/out}/$model_name/$(basename "$dataset_path" .json)/$attenti
     --beam "${BEAM:-4}" \
     --early_stopping \
     --dtype "${DTYPE:-auto}" \
-    --max_new_tokens "${MAX_NEW_TOKENS:-128}" \
+    ${MAX_NEW_TOKENS:+--max_new_tokens "$MAX_NEW_TOKENS"} \
     --seed "${SEED:-0}" \
     "$@"
