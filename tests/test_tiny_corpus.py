@@ -358,3 +358,21 @@ def test_three_steps_write_a_loadable_folder(name, tmp_path: Path, capsys, monke
     with pytest.raises(SystemExit) as exit_info:
         train.main([*argv, "--output_dir", str(tmp_path)])
     assert exit_info.value.code == 2
+
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = {
+    "summarization/data/sample_eval.json": ("news", "eval", 0, 200),
+    "conversation/data/sample_eval.json": ("dialogue", "eval", 0, 200),
+}
+for shape in corpus.SHAPES:
+    COMMITTED[f"lm_eval_harness/data/{shape}.jsonl"] = (shape, "eval", 0, 200)
+    COMMITTED[f"lm_eval_harness/data/{shape}_train.jsonl"] = (shape, "train", 1_000_000, 50)
+
+
+@pytest.mark.parametrize("path", COMMITTED)
+def test_committed_data_is_what_the_corpus_writes(path):
+    kind, split, start, number = COMMITTED[path]
+    text = (ROOT / path).read_text()
+    found = map(json.loads, text.splitlines()) if path.endswith("l") else json.loads(text)
+    assert list(found) == [corpus.document(split, start + i, kind=kind) for i in range(number)]
