@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import KEY_SETS, NOISE_SCHEDULES, KeyformerConfig
-from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.study import Study, draw_bars, panels, print_tables
-from keyformer.evaluation.sweep import Cell
+from keyformer.evaluation.pictures import method_bars
+from keyformer.evaluation.study import Study, run_study
+from keyformer.evaluation.sweep import Cell, Steps
+from keyformer.evaluation.tables import labelled, print_differences, print_tables
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
     study = Study("key_set", __doc__, argv)
-    results = study.measure(
+    results = yield from study.measure(
         Cell(
             {"key_set": key_set, "noise_schedule": schedule},
             KeyformerConfig(kv_cache=60, recent=30, key_set=key_set, noise_schedule=schedule),
@@ -22,11 +23,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         for schedule in NOISE_SCHEDULES
     )
     print_tables(results)
-    figure, axes = panels(results, "Key set and noise schedule, 60 % of the cache")
-    for ax, rows in zip(axes, results.values(), strict=True):
-        draw_bars(ax, rows)
-    study.write(results, figure)
+    print_differences(
+        results,
+        "Does it help that key tokens compete at every step? dynamic - frozen, fresh noise",
+        labelled(key_set="dynamic", noise_schedule="fresh"),
+        labelled(key_set="frozen", noise_schedule="fresh"),
+    )
+    print_differences(
+        results,
+        "Does it help to draw noise at every step? fresh - once, dynamic key set",
+        labelled(key_set="dynamic", noise_schedule="fresh"),
+        labelled(key_set="dynamic", noise_schedule="once"),
+    )
+    study.write(results, method_bars(results, "Key set and noise schedule, 60 % of the cache"))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_study(main)

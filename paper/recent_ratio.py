@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.study import Study, draw_level, draw_line, panels, print_tables
-from keyformer.evaluation.sweep import Cell
+from keyformer.evaluation.pictures import method_curves
+from keyformer.evaluation.study import Study, run_study
+from keyformer.evaluation.sweep import Cell, Steps
+from keyformer.evaluation.tables import print_tables
 
 METHODS = ("h2o", "keyformer")
 SHARES = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
     study = Study("recent_ratio", __doc__, argv)
     full = Cell({"method": "full", "recent": ""}, KeyformerConfig.preset("full"))
@@ -25,18 +26,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for method in METHODS
         for share in SHARES
     )
-    results = study.measure([full, *cells])
+    results = yield from study.measure([full, *cells])
     print_tables(results)
-    figure, axes = panels(results, "Recent window, 50 % of the cache")
-    for ax, (whole, *rows) in zip(axes, results.values(), strict=True):
-        draw_level(ax, whole)
-        for number, method in enumerate(METHODS):
+    print("\nBest recent window, % of the cache (ROUGE-2):")
+    for (model, task), (_, *rows) in results.items():
+        for method in METHODS:
             of_method = [row for row in rows if row.labels["method"] == method]
-            draw_line(ax, of_method, "recent", method, f"C{number}")
-        ax.set_xlabel("recent window, % of the cache")
-        ax.legend(fontsize=8)
-    study.write(results, figure)
+            best = max(of_method, key=lambda row: row.values["rouge2"][0])
+            print(f"  {model}, {task}, {method}: {best.labels['recent']}")
+    title = "Recent window at 50 % of the cache"
+    study.write(results, method_curves(results, "recent", "recent window, % of the cache", title))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_study(main)

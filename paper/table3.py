@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.study import Published, Study, draw_bars, panels, print_tables
-from keyformer.evaluation.sweep import Cell
+from keyformer.evaluation.pictures import method_bars
+from keyformer.evaluation.study import Study, run_study
+from keyformer.evaluation.sweep import Cell, Steps
+from keyformer.evaluation.tables import Published, labelled, print_differences, print_tables
 
 PAPER: Published = {
     "mpt-7b-keyformer": {
-        ("full", "", ""): 17.6329,
-        ("window", "", ""): 4.2655,
-        ("h2o", "original", "per_layer"): 16.3865,
-        ("streaming_llm", "", ""): 0.0179,
-        ("keyformer", "new", "per_layer"): 16.9092,
-        ("keyformer", "original", "per_layer"): 17.5976,
-        ("keyformer", "original", "shared"): 17.3732,
+        ("full", "", ""): (38.6373, 17.6329, 24.506),
+        ("window", "", ""): (18.1296, 4.2655, 11.5288),
+        ("h2o", "original", "per_layer"): (36.9616, 16.3865, 24.2301),
+        ("streaming_llm", "", ""): (1.3572, 0.0179, 1.0281),
+        ("keyformer", "new", "per_layer"): (36.9152, 16.9092, 23.7218),
+        ("keyformer", "original", "per_layer"): (38.7134, 17.5976, 24.5724),
+        ("keyformer", "original", "shared"): (38.2537, 17.3732, 24.2579),
     }
 }
 SCORED = (
@@ -28,7 +29,7 @@ SCORED = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
     study = Study("table3", __doc__, argv)
     cells = [
@@ -45,13 +46,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for method, positions, score in SCORED
     ]
-    results = study.measure(cells)
+    results = yield from study.measure(cells)
     print_tables(results, PAPER)
-    figure, axes = panels(results, "Methods, positions and shared scores, 60 % of the cache")
-    for ax, rows in zip(axes, results.values(), strict=True):
-        draw_bars(ax, rows)
-    study.write(results, figure)
+    paper = labelled(method="keyformer", positions="original", score="per_layer")
+    for question, other in (
+        ("Is a score of each layer better? per layer - shared", labelled(score="shared")),
+        ("Are positions in the text better? original - new", labelled(positions="new")),
+        ("Is Keyformer better than H2O?", labelled(method="h2o")),
+        ("Is Keyformer better than a window?", labelled(method="window")),
+    ):
+        print_differences(results, question, paper, other)
+    study.write(
+        results, method_bars(results, "Methods, positions and shared scores, 60 % of the cache")
+    )
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_study(main)

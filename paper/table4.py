@@ -5,36 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import NOISES, KeyformerConfig
-from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.study import Published, Study, draw_bars, panels, print_tables
-from keyformer.evaluation.sweep import Cell
+from keyformer.evaluation.pictures import method_bars
+from keyformer.evaluation.study import Study, run_study
+from keyformer.evaluation.sweep import Cell, Steps
+from keyformer.evaluation.tables import Published, labelled, print_differences, print_tables
 
+ROUGE_2 = {
+    "gptj-keyformer": (19.44, 14.53, 12.49, 18.87),
+    "cerebras-keyformer": (15.25, 9.54, 8.98, 12.73),
+    "mpt-7b-keyformer": (17.57, 10.17, 7.56, 16.38),
+}
 PAPER: Published = {
-    "gptj-keyformer": {
-        ("gumbel",): 19.44, ("gaussian",): 14.53, ("constant",): 12.49, ("none",): 18.87,
-    },
-    "cerebras-keyformer": {
-        ("gumbel",): 15.25, ("gaussian",): 9.54, ("constant",): 8.98, ("none",): 12.73,
-    },
-    "mpt-7b-keyformer": {
-        ("gumbel",): 17.57, ("gaussian",): 10.17, ("constant",): 7.56, ("none",): 16.38,
-    },
-}  # fmt: skip
+    model: {(noise,): (number,) for noise, number in zip(NOISES, numbers, strict=True)}
+    for model, numbers in ROUGE_2.items()
+}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
     study = Study("table4", __doc__, argv)
-    results = study.measure(
+    results = yield from study.measure(
         Cell({"noise": noise}, KeyformerConfig(kv_cache=60, recent=30, noise=noise))
         for noise in NOISES
     )
     print_tables(results, PAPER)
-    figure, axes = panels(results, "Logit adjustment, 60 % of the cache")
-    for ax, rows in zip(axes, results.values(), strict=True):
-        draw_bars(ax, rows)
-    study.write(results, figure)
+    for question, first, second in (
+        ("Does Gumbel noise beat none?", "gumbel", "none"),
+        ("Does Gumbel noise beat Gaussian?", "gumbel", "gaussian"),
+        ("Is a constant the same as none, as softmax says?", "constant", "none"),
+    ):
+        print_differences(
+            results,
+            f"{question} {first} - {second}",
+            labelled(noise=first),
+            labelled(noise=second),
+        )
+    study.write(results, method_bars(results, "Logit adjustment, 60 % of the cache"))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_study(main)

@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import script
 from originals import write_original
 
-from keyformer import InputError, KeyformerConfig
-from keyformer.evaluation import study
-from keyformer.evaluation.sweep import Cell, Store, run_sweep, summarize
+from keyformer import InputError, KeyformerConfig, load_model
+from keyformer.evaluation import measures
+from keyformer.evaluation.data import TASKS
+from keyformer.evaluation.measures import Attention, Likelihood, Rouge, Softmax
+from keyformer.evaluation.sweep import Cell, Request, Row, Run, Steps, carry_out, summarize
+from keyformer.evaluation.tables import alike, difference
 
 ROOT = Path(__file__).parents[1]
-CELLS = {
+STUDIES = {
+    "beyond": 48,
+    "fig3": 4,
+    "fig4": 4,
     "fig5": 7,
     "fig7": 25,
+    "fig8": 16,
     "key_set": 4,
     "recent_ratio": 19,
     "table3": 7,
     "table4": 4,
     "temperature": 16,
 }
-"""Each sweep's number of configurations."""
+"""Each script's number of rows, of one model and task; of fig3 its part c."""
 
 
 @pytest.fixture(scope="module")
@@ -54,48 +68,88 @@ def flags(model_path, dataset_path, tmp_path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_sweep_writes_table_record_and_pictures(name, flags, tmp_path, monkeypatch, capsys) -> None:
-    sweep = script("paper", name)
-    sweep.main(flags)
-    out = tmp_path / "out"
-    printed = capsys.readouterr().out
-    assert "mpt-7b-keyformer, summarization" in printed
-    with (out / f"{name}.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == CELLS[name]
-    assert all(
-        float(row["rouge2_low"]) <= float(row["rouge2"]) <= float(row["rouge2_high"])
-        for row in rows
-    )
-    record = json.loads((out / f"{name}.json").read_text())
-    assert record["items"] == {"summarization": 2} and len(record["rows"]) == CELLS[name]
-    assert {"command", "commit", "versions", "device"} <= set(record)
-    assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert b"</svg>" in (out / f"{name}.svg").read_bytes()
+def run(name: str, flags: list[str]) -> None:
+    """A script of paper/ with these flags."""
+    carry_out([script("paper", name).main(flags)])
 
-    monkeypatch.setattr(study, "generate", lambda *_, **__: pytest.fail("measured again"))
-    sweep.main(flags)
-    with (out / f"{name}.csv").open() as file:
-        assert list(csv.DictReader(file)) == rows
+
+def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
+    with (folder / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_all_together_are_quick_and_complete(tmp_path) -> None:
+    """paper/all.sh --quick in two processes: every script writes its files, once and again."""
+    out = tmp_path / "out"
+    command = [str(ROOT / "paper" / "all.sh"), "--quick", "--jobs", "2", "--device", "cpu"]
+    command += ["--out", str(out)]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for name, count in STUDIES.items():
+        name = {"fig3": "fig3c"}.get(name, name)
+        record = json.loads((out / f"{name}.json").read_text())
+        rows = rows_of(out, name)
+        if name != "fig4":  # whose table has a line for each weight
+            assert len(rows) == len(record["rows"])
+            for row in rows:
+                metric = "rouge2" if row["rouge2"] else "bits"
+                low, high = float(row[f"{metric}_low"]), float(row[f"{metric}_high"])
+                assert low <= float(row[metric]) <= high
+        assert len(record["rows"]) == count * (2 if name == "fig7" else 1)
+        assert {"commit", "versions", "device", "items", "seeds", "dtype"} <= set(record)
+        assert record["command"].startswith(f"python paper/{name.removesuffix('c')}.py ")
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"</svg>" in (out / f"{name}.svg").read_bytes()
+    keys = [json.loads(line)["key"] for line in (out / "measured.jsonl").read_text().splitlines()]
+    distinct = {json.dumps(key, sort_keys=True) for key in keys}
+    assert len(distinct) == len(keys)  # what scripts have in common is measured once
+    for answer in ("Does Gumbel noise beat none?", "dynamic - frozen", "No setting beats all"):
+        assert answer in done.stdout
+    constant = next(line for line in done.stdout.splitlines() if "constant - none" in line)
+    after = done.stdout.split(constant)[1].splitlines()[2]
+    assert after.endswith("equal on every document")
+
+
+@pytest.mark.parametrize("name", ["fig3", "fig4", "recent_ratio", "table4"])
+def test_finished_study_is_not_measured_again(name, flags, tmp_path, monkeypatch) -> None:
+    more = ["--layer", "1", "--head", "0"] if name == "fig4" else []
+    run(name, [*flags, *more])
+    files = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.csv")}
+    assert files
+    for measure in (Rouge, Attention, Softmax):
+        monkeypatch.setattr(measure, "__call__", lambda *_: pytest.fail("measured again"))
+    run(name, [*flags, *more])
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_processes_change_nothing(flags, tmp_path) -> None:
+    run("table4", flags)
+    run("table4", [*flags, "--jobs", "2", "--out", str(tmp_path / "two")])
+    assert rows_of(tmp_path / "two", "table4") == rows_of(tmp_path / "out", "table4")
+    stored = [
+        {json.dumps(json.loads(line), sort_keys=True) for line in path.read_text().splitlines()}
+        for path in (tmp_path / "out" / "measured.jsonl", tmp_path / "two" / "measured.jsonl")
+    ]
+    assert stored[0] == stored[1] and len(stored[0]) == 6
 
 
 def test_papers_numbers_stand_beside(flags, capsys) -> None:
-    script("paper", "table4").main(flags)
+    run("table4", flags)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("gaussian")]
     assert len(lines) == 1 and lines[0].split()[-1] == "10.17"
 
 
 KILLED = """
 import os, runpy, signal, sys
-from keyformer.evaluation import study
-generate, calls = study.generate, []
+from keyformer.evaluation import measures
+generate, calls = measures.generate, []
 def killed_at_the_third(*args, **kwargs):
     calls.append(1)
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return generate(*args, **kwargs)
-study.generate = killed_at_the_third
+measures.generate = killed_at_the_third
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -106,48 +160,164 @@ def test_killed_sweep_continues(flags, tmp_path, monkeypatch) -> None:
     command = [sys.executable, "-c", KILLED, str(ROOT / "paper" / "table4.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    store = tmp_path / "out" / "table4.jsonl"
+    store = tmp_path / "out" / "measured.jsonl"
     before = store.read_text().splitlines()
-    assert len(before) == 2 and not store.with_suffix(".csv").exists()
+    assert len(before) == 2 and not (tmp_path / "out" / "table4.csv").exists()
+    with store.open("a") as file:
+        file.write('{"key": {"cut sho')
     calls = []
-    generate = study.generate
-    monkeypatch.setattr(study, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
-    script("paper", "table4").main(flags)
+    generate = measures.generate
+    monkeypatch.setattr(measures, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
+    run("table4", flags)
     after = store.read_text().splitlines()
     assert after[:2] == before and len(after) == 6 and len(calls) == 4
     fresh = tmp_path / "fresh"
-    script("paper", "table4").main([*flags[:-1], str(fresh)])
-    assert (fresh / "table4.csv").read_text() == (tmp_path / "out" / "table4.csv").read_text()
+    run("table4", [*flags[:-1], str(fresh)])
+    assert rows_of(fresh, "table4") == rows_of(tmp_path / "out", "table4")
 
 
-def test_seeds_are_for_what_draws_noise(tmp_path) -> None:
-    calls = []
+@dataclass(frozen=True)
+class Counted:
+    """A measure that is quickly done, and says of what."""
 
-    def measure(config: KeyformerConfig) -> dict[str, list[float]]:
-        calls.append((config.noise, config.seed))
+    model: str
+    calls: list[tuple[str, int | None]]
+    cost: float = 1.0
+
+    @property
+    def setting(self) -> dict[str, str]:
+        return {"model": self.model}
+
+    def __call__(self, config: KeyformerConfig, device: torch.device) -> dict[str, list[float]]:
+        self.calls.append((config.noise, config.seed))
         return {"rouge2": [1.0, 2.0]}
 
-    cells = [Cell({"noise": noise}, KeyformerConfig(noise=noise)) for noise in ("none", "gumbel")]
-    store = Store(tmp_path / "s.jsonl")
-    rows = run_sweep(cells, [5, 6], measure, store, {"model": "a"})
-    assert calls == [("none", 5), ("gumbel", 5), ("gumbel", 6)]
-    assert [(row.labels["noise"], row.seeds) for row in rows] == [("none", 1), ("gumbel", 2)]
-    run_sweep(cells, [5, 6], measure, Store(tmp_path / "s.jsonl"), {"model": "a"})
-    assert len(calls) == 3
-    run_sweep(cells[:1], [5], measure, Store(tmp_path / "s.jsonl"), {"model": "b"})
-    assert len(calls) == 4  # another model is another measurement
+
+def requested(measure, noises, seeds, store: Path) -> Steps:
+    configs = [KeyformerConfig(noise=noise, seed=seed) for noise in noises for seed in seeds]
+    yield Request([Run(measure, config) for config in configs], store, 1, "cpu")
+
+
+def test_studies_share_what_they_have_in_common(tmp_path) -> None:
+    calls: list = []
+    store = tmp_path / "s.jsonl"
+    a, b = Counted("a", calls), Counted("b", calls, cost=9.0)
+    carry_out(
+        [
+            requested(a, ["none", "gumbel"], [5], store),
+            requested(a, ["gumbel"], [5, 6], store),
+            requested(b, ["constant"], [5], store),
+        ]
+    )
+    assert calls == [("constant", 5), ("none", 5), ("gumbel", 5), ("gumbel", 6)]  # longest first
+    carry_out([requested(a, ["none"], [5], store)])
+    assert len(calls) == 4 and len(store.read_text().splitlines()) == 4
+
+
+def test_seeds_are_for_what_draws_noise(flags, tmp_path) -> None:
+    run("table4", flags)
+    assert [(row["noise"], row["seeds"]) for row in rows_of(tmp_path / "out", "table4")] == [
+        ("gumbel", "2"),
+        ("gaussian", "2"),
+        ("constant", "1"),
+        ("none", "1"),
+    ]
+
+
+def test_another_checkpoint_in_the_folder_is_measured_anew(flags, tmp_path) -> None:
+    model = shutil.copytree(flags[1], tmp_path / "model")
+    flags[1] = str(model)
+    run("table4", flags)
+    measures._fingerprint.cache_clear()
+    (weights,) = Path(model).glob("*.bin")
+    state = torch.load(weights)
+    torch.save({name: 2 * tensor for name, tensor in state.items()}, weights)
+    run("table4", flags)
+    assert len((tmp_path / "out" / "measured.jsonl").read_text().splitlines()) == 12
+
+
+def row(values: list[float]) -> Row:
+    return summarize(Cell({}, KeyformerConfig()), [{"rouge2": values}])
 
 
 def test_interval_is_that_of_the_mean() -> None:
     """Percentiles over resampled items agree with the normal approximation."""
     values = np.random.default_rng(3).normal(50, 10, size=400)
-    mean, low, high = summarize({}, [{"x": list(values)}]).values["x"]
+    mean, low, high = row(list(values)).values["rouge2"]
     spread = 1.96 * values.std() / 20
     assert mean == pytest.approx(values.mean())
     assert low == pytest.approx(mean - spread, abs=0.15)
     assert high == pytest.approx(mean + spread, abs=0.15)
-    alike = summarize({}, [{"x": [1.0, 3.0]}, {"x": [3.0, 1.0]}]).values["x"]
-    assert alike == (2.0, 2.0, 2.0)  # seeds are averaged before items are drawn
+    by_seed = [{"x": [1.0, 3.0]}, {"x": [3.0, 1.0]}]
+    same = summarize(Cell({}, KeyformerConfig()), by_seed).values["x"]
+    assert same == (2.0, 2.0, 2.0)  # seeds are averaged before items are drawn
+
+
+def test_rows_share_a_letter_where_intervals_overlap() -> None:
+    spans = [(0, 2), (1, 4), (3, 5), (6, 7), (1.5, 3.5), (5, 5.5)]
+    rows = [
+        Row({}, KeyformerConfig(), 1, {}, {"x": ((low + high) / 2, low, high)})
+        for low, high in spans
+    ]
+    letters = alike(rows, "x")
+    for (a, (low, high)), (b, (other_low, other_high)) in product(enumerate(spans), repeat=2):
+        overlap = low <= other_high and other_low <= high
+        assert bool(set(letters[a]) & set(letters[b])) == overlap
+
+
+def test_difference_is_paired() -> None:
+    """A small step on every item shows, however much the items differ."""
+    values = np.random.default_rng(3).normal(50, 10, size=100)
+    mean, low, high = difference(row(list(values + 0.5)), row(list(values)))
+    assert mean == pytest.approx(0.5) == low == high
+
+
+def test_likelihood_of_a_full_cache_is_that_of_the_whole_text(model_path) -> None:
+    """Token by token through slots, in a padded batch: as one forward pass over each text."""
+    items = [
+        {"instruction": "Sum up.", "input": "key tokens stay. " * n, "output": ""}
+        for n in (3, 5, 9)
+    ]
+    measure = Likelihood(str(model_path), "float32", "summarization", items, 3, 1, 1)
+    bits = measure(KeyformerConfig.preset("full"), torch.device("cpu"))["bits"]
+    stock, tokenizer = load_model(model_path, dtype="float32", device="cpu")
+    for item, found in zip(items, bits, strict=True):
+        before = TASKS["summarization"].prompt(item).partition(item["input"])[0]
+        opening = tokenizer(before)["input_ids"]
+        document = tokenizer(item["input"])["input_ids"]
+        second = len(document) - len(document) // 2
+        ids = torch.tensor([opening + document])
+        with torch.no_grad():
+            logits = stock(ids, use_cache=False).logits[0, :-1]
+        lost = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+        assert found == pytest.approx(float(lost[-second:].mean()) / math.log(2), abs=1e-4)
+
+
+def test_sparsity_and_mass_of_stock_attention(model_path) -> None:
+    """Figure 3 against the weights that transformers' own model gives."""
+    item = {
+        "instruction": "Sum up.",
+        "input": "key tokens stay. " * 5,
+        "output": "recent ones too.",
+    }
+    measure = Attention(str(model_path), "float32", "summarization", [item], 1, 1, 50)
+    found = measure(KeyformerConfig.preset("full"), torch.device("cpu"))
+    model, tokenizer = load_model(model_path, dtype="float32", device="cpu")
+    prompt = tokenizer(TASKS["summarization"].prompt(item))["input_ids"]
+    ids = torch.tensor([prompt + tokenizer(item["output"])["input_ids"]])
+    with torch.no_grad():
+        weights = model(ids, use_cache=False, output_attentions=True).attentions
+    masses = []
+    for layer, of_layer in enumerate(weights):
+        small, all_seen = 0, 0
+        for query in range(len(prompt), ids.shape[1]):
+            for head in of_layer[0, :, query, : query + 1].numpy():
+                small += (head < 0.01 * head.max()).sum()
+                all_seen += len(head)
+                masses.append(np.sort(head)[::-1][: round(0.4 * len(head))].sum())
+        assert found[f"layer{layer:02}"][0] == pytest.approx(100 * small / all_seen, abs=1e-3)
+    assert found["mass040"][0] == pytest.approx(100 * np.mean(masses), abs=1e-2)
+    assert found["mass100"][0] == pytest.approx(100, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +325,7 @@ def test_interval_is_that_of_the_mean() -> None:
     [
         (["--n_obs", "9"], "n_obs"),
         (["--bs", "0"], "--bs"),
+        (["--jobs", "0"], "--jobs"),
         (["--task", "summarization", "conversation"], "--dataset_path"),
         (["--model_path", "nowhere"], "nowhere"),
         (["--device", "tpu"], "tpu"),
@@ -162,12 +333,32 @@ def test_interval_is_that_of_the_mean() -> None:
 )
 def test_bad_input_is_named(flags, more, says) -> None:
     with pytest.raises(InputError, match=says):
-        script("paper", "table4").main([*flags, *more])
+        run("table4", [*flags, *more])
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "says"),
+    [
+        ("fig4", ["--layer", "-1"], "--layer"),
+        ("fig4", ["--layer", "9"], "--layer must be from 0 to 1"),
+        ("fig4", ["--layer", "0", "--head", "9"], "--head must be from 0 to"),
+        ("beyond", ["--task", "summarization"], "--search_path"),
+    ],
+)
+def test_bad_input_of_one_script(flags, name, more, says) -> None:
+    with pytest.raises(InputError, match=says):
+        run(name, [*flags, *more])
+
+
+def test_together_takes_scripts_alone(monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("conftest.py\n"))
+    with pytest.raises(InputError, match=r"conftest\.py"):
+        script("paper", "together").main([])
 
 
 def test_a_file_of_something_else_is_not_overwritten(flags, tmp_path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "table4.jsonl").write_text("my notes\n")
-    with pytest.raises(InputError, match=r"table4\.jsonl"):
-        script("paper", "table4").main(flags)
-    assert (tmp_path / "out" / "table4.jsonl").read_text() == "my notes\n"
+    (tmp_path / "out" / "measured.jsonl").write_text("my notes\n")
+    with pytest.raises(InputError, match=r"measured\.jsonl"):
+        run("table4", flags)
+    assert (tmp_path / "out" / "measured.jsonl").read_text() == "my notes\n"

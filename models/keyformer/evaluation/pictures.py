@@ -1,0 +1,148 @@
+"""Figures with one panel a model and task, drawn from rows and their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib import rcParams
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from keyformer.evaluation.study import Results
+from keyformer.evaluation.sweep import Row
+from keyformer.evaluation.tables import NAMES, compared_metric
+
+rcParams.update(
+    {
+        "axes.grid": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlesize": 10,
+        "font.size": 9,
+        "grid.alpha": 0.25,
+        "legend.frameon": False,
+        "svg.hashsalt": "keyformer",
+    }
+)
+
+COLORS = {
+    "full": "#222222",
+    "window": "#7f7f7f",
+    "dilated_window": "#bcbd22",
+    "streaming_llm": "#8c564b",
+    "key": "#e377c2",
+    "h2o": "#1f77b4",
+    "keyformer": "#d62728",
+}
+"""Of each method, in every figure."""
+
+PALETTE = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#bcbd22")
+"""Of what is no method."""
+
+
+def panels(results: Results, title: str, ylabel: str = "ROUGE-2") -> tuple[Figure, list[Axes]]:
+    """A figure with one panel a model and task, in the order of ``results``."""
+    count = len(results)
+    tasks = len({task for _, task in results})
+    columns = tasks if tasks > 1 else min(count, 3)
+    lines = -(-count // columns)
+    size = (max(5.4, 0.6 + 4.0 * columns), 0.5 + 3.1 * lines)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for spare in axes[count:]:
+        spare.set_visible(False)
+    for number, (ax, (model, task)) in enumerate(zip(axes, results, strict=False)):
+        ax.set_title(f"{model.removesuffix('-keyformer')}, {task}")
+        if number % columns == 0:
+            ax.set_ylabel(ylabel)
+    figure.suptitle(title, fontsize=12)
+    return figure, axes[:count]
+
+
+def draw_line(
+    ax: Axes, rows: Sequence[Row], x: str, label: str, color: str, metric: str = "rouge2"
+) -> None:
+    """A metric against a label, its interval shaded."""
+    at = [row.labels[x] for row in rows]
+    mean, low, high = zip(*(row.values[metric] for row in rows), strict=True)
+    ax.plot(at, mean, marker="o", markersize=4, label=label, color=color)
+    ax.fill_between(at, low, high, alpha=0.15, color=color, linewidth=0)
+
+
+def method_bars(results: Results, title: str) -> Figure:
+    """A panel each: every row's ROUGE-2 with its number and interval, names at the left."""
+    figure, axes = panels(results, title, ylabel="")
+    for number, (ax, rows) in enumerate(zip(axes, results.values(), strict=True)):
+        names = [[str(value).replace("_", " ") for value in row.labels.values()] for row in rows]
+        for place, row in enumerate(rows):
+            mean, low, high = row.values["rouge2"]
+            color = COLORS.get(str(row.labels.get("method")), PALETTE[place % len(PALETTE)])
+            ax.barh(place, mean, color=color, alpha=0.85, height=0.7)
+            ax.plot([low, high], [place, place], color="black", linewidth=1.2)
+            ax.annotate(
+                f"{mean:.1f}",
+                (high, place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        shown = [", ".join(filter(None, name)) for name in names]
+        ax.set_yticks(range(len(rows)), shown if number == 0 else [""] * len(rows))
+        ax.invert_yaxis()
+        ax.grid(False, axis="y")
+        ax.margins(x=0.15)
+        ax.set_xlim(left=0)
+        ax.set_xlabel("ROUGE-2")
+    return figure
+
+
+def draw_level(ax: Axes, full: Row, metric: str = "rouge2") -> None:
+    """Full attention, and 99 % of it, the bar that MLPerf sets."""
+    level = full.values[metric][0]
+    ax.axhline(level, color=COLORS["full"], linewidth=1.2, label="full")
+    if metric != "bits":
+        bar = 0.99 * level
+        ax.axhline(bar, color=COLORS["full"], linewidth=1, linestyle=":", label="99 % of full")
+
+
+def method_curves(results: Results, x: str, xlabel: str, title: str) -> Figure:
+    """A panel each: full attention, the first row, and a line for every other method."""
+    figure, axes = panels(results, title, ylabel="")
+    for ax, (full, *rows) in zip(axes, results.values(), strict=True):
+        metric = compared_metric(full) or ""
+        draw_level(ax, full, metric)
+        others = iter(PALETTE[2:])
+        for method in dict.fromkeys(row.labels["method"] for row in rows):
+            of_method = [row for row in rows if row.labels["method"] == method]
+            draw_line(ax, of_method, x, method, COLORS.get(method) or next(others), metric)
+        ax.set_xlabel(xlabel)
+        ax.set_xticks(list(dict.fromkeys(row.labels[x] for row in rows)))
+        ax.set_ylabel(NAMES[metric])
+        if metric != "bits":
+            ax.set_ylim(bottom=0)
+    legend_of(figure, axes[0])
+    return figure
+
+
+def draw_grid(ax: Axes, rows: Sequence[Row], x: str, y: str, metric: str = "rouge2") -> None:
+    """A metric over two labels, as colours and numbers."""
+    across = list(dict.fromkeys(row.labels[x] for row in rows))
+    down = list(dict.fromkeys(row.labels[y] for row in rows))
+    found = {(row.labels[y], row.labels[x]): row.values[metric][0] for row in rows}
+    values = [[found[b, a] for a in across] for b in down]
+    ax.imshow(values, cmap="viridis", aspect="auto")
+    ax.grid(False)
+    ax.set_xticks(range(len(across)), [str(a) for a in across])
+    ax.set_yticks(range(len(down)), [str(b) for b in down])
+    middle = (min(map(min, values)) + max(map(max, values))) / 2
+    for i, line in enumerate(values):
+        for j, value in enumerate(line):
+            color = "white" if value < middle else "black"
+            ax.text(j, i, f"{value:.1f}", ha="center", va="center", color=color, fontsize=8)
+
+
+def legend_of(figure: Figure, ax: Axes) -> None:
+    """One legend for all panels, under them."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7))

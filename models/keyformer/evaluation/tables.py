@@ -1,0 +1,117 @@
+"""Tables on the terminal: intervals, which of them overlap, differences, the paper's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from keyformer.evaluation.study import Results
+from keyformer.evaluation.sweep import Estimate, Row, estimate
+
+NAMES = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "bits": "bits per token",
+    "sparsity": "sparsity, %",
+    "mass": "attention, %",
+}
+COMPARED = ("rouge2", "bits")
+"""The metrics by which methods are compared; of a row, the one that it has."""
+
+Published = dict[str, dict[tuple[Any, ...], tuple[float, ...]]]
+"""By model, and by the values of a row's labels, the paper's numbers: ROUGE-2 alone, or
+ROUGE-1, 2 and L."""
+
+
+def compared_metric(row: Row) -> str | None:
+    """By which metric a row is compared with others; None if by none."""
+    return next((metric for metric in COMPARED if metric in row.values), None)
+
+
+def print_tables(results: Results, published: Published | None = None) -> None:
+    """For each panel its rows: labels, metrics with intervals, overlaps, the paper's numbers."""
+    for (model, task), rows in results.items():
+        known = (published or {}).get(model, {})
+        compared = compared_metric(rows[0])
+        print(f"\n{model}, {task}: mean and 95 % interval")
+        metrics = [NAMES[metric] for metric in rows[0].values]
+        lines = [[*rows[0].labels, "seeds", *metrics]]
+        groups = [""] * len(rows)
+        if compared is not None:
+            print(
+                f"rows with a letter in common have overlapping intervals of {NAMES[compared]}:"
+                " they cannot be told apart"
+            )
+            lines[0].append("alike")
+            groups = alike(rows, compared)
+        if known:
+            lines[0].append(
+                "paper: ROUGE-1 / 2 / L"
+                if len(next(iter(known.values()))) > 1
+                else "paper: ROUGE-2"
+            )
+        for row, letters in zip(rows, groups, strict=True):
+            line = [str(value) for value in row.labels.values()] + [str(row.seeds)]
+            line += [f"{mean:.2f} ({a:.2f} to {b:.2f})" for mean, a, b in row.values.values()]
+            numbers = known.get(tuple(row.labels.values()), ())
+            lines.append([*line, letters, " / ".join(f"{number:.2f}" for number in numbers)])
+        print_columns(lines)
+
+
+def print_columns(lines: Sequence[Sequence[str]]) -> None:
+    """Lines of cells, the first of them heads, in aligned columns."""
+    heads = lines[0]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    for line in lines:
+        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=False))
+        print("  ".join(padded).rstrip())
+
+
+def alike(rows: Sequence[Row], metric: str) -> list[str]:
+    """For each row letters: two rows share one exactly where their intervals overlap."""
+    spans = [row.values[metric][1:] for row in rows]
+    groups: list[set[int]] = []
+    # A largest set of intervals that all overlap has one of their lower ends in common.
+    for low, _ in sorted(spans, reverse=True):
+        group = {i for i, (a, b) in enumerate(spans) if a <= low <= b}
+        if not any(group <= other for other in groups):
+            groups = [other for other in groups if not other <= group] + [group]
+    return [
+        "".join(_letter(g) for g, group in enumerate(groups) if i in group)
+        for i in range(len(rows))
+    ]
+
+
+def _letter(number: int) -> str:
+    return chr(ord("a") + number) if number < 26 else chr(ord("A") + number - 26)
+
+
+def difference(first: Row, second: Row, metric: str = "rouge2") -> Estimate:
+    """The mean of first - second over the items, and its interval: items are paired."""
+    return estimate(first.per_item[metric] - second.per_item[metric])
+
+
+def print_differences(
+    results: Results,
+    question: str,
+    first: Callable[[Row], bool],
+    second: Callable[[Row], bool],
+    metric: str = "rouge2",
+) -> None:
+    """In each panel, by how much the one row that ``first`` picks is above that of ``second``."""
+    print(f"\n{question} ({NAMES[metric]}, mean of paired differences and 95 % interval)")
+    lines = [["model", "task", "difference", "so"]]
+    for (model, task), rows in results.items():
+        (a,), (b,) = (list(filter(pick, rows)) for pick in (first, second))
+        mean, low, high = difference(a, b, metric)
+        so = "cannot be told apart" if low <= 0 <= high else "more" if mean > 0 else "less"
+        if (a.per_item[metric] == b.per_item[metric]).all():
+            so = "equal on every document"
+        lines.append([model, task, f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", so])
+    print_columns(lines)
+
+
+def labelled(**labels: Any) -> Callable[[Row], bool]:
+    """Picks the rows that have these labels."""
+    return lambda row: labels.items() <= row.labels.items()

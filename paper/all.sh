@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Every table and figure of the paper that is about accuracy, on the bundled models:
+#   paper/all.sh --bs 200 --jobs 28        on GPUs; --jobs processes share them
+#   paper/all.sh --quick                   a minute on a CPU, only to see all of it work
+# Flags are passed to each script. What was measured before a stop is not measured again.
+set -euo pipefail
+"${PYTHON:-python}" "$(dirname "$0")/together.py" "$@" <<'COMMANDS'
+fig8.py
+beyond.py
+fig7.py --task summarization conversation
+fig3.py
+fig4.py
+table3.py
+table4.py
+fig5.py
+key_set.py
+recent_ratio.py
+temperature.py
+COMMANDS

@@ -1,0 +1,220 @@
+"""Beyond the paper: is there a score that beats window, H2O and Keyformer everywhere?
+
+Sweeps forgetting and normalize with the recent window, temperature and noise, on each task's
+ROUGE-2 and on the likelihood of continued text: bits per token of a document's second half after
+its first half was evicted. Settings are chosen on documents of their own at 30 % of the cache, by
+the worst of their comparisons; the best are measured at every size on the documents reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+from keyformer.config import InputError, KeyformerConfig
+from keyformer.evaluation.data import TASKS, Item, load_items
+from keyformer.evaluation.flags import Parser
+from keyformer.evaluation.measures import Likelihood, OnItems, Rouge
+from keyformer.evaluation.pictures import method_curves
+from keyformer.evaluation.study import Panel, Results, Study, run_study
+from keyformer.evaluation.sweep import Cell, Labels, Row, Steps, plain
+from keyformer.evaluation.tables import compared_metric, difference, print_columns, print_tables
+from tiny.corpus import document
+
+BASELINES = ("window", "h2o", "keyformer")
+SIZES = (20, 30, 50)
+SEARCHED_AT = 30
+SEARCH_DOCUMENTS = range(1000, 1040)
+"""Of the corpus, held out of training and of the reported documents."""
+
+FORGETTING = (1.0, 0.99, 0.95)
+NORMALIZE = ("sum", "mean")
+RECENT = (30, 60, 80)
+SOFTMAX = (("none", 2.0, 2.0), ("none", 0.5, 0.5), ("gumbel", 1.0, 2.0))
+"""Noise and the temperature's two ends; first all is searched with no noise and 1."""
+
+KEPT, FINALISTS = 3, 2
+"""Settings that go on to the search over ``SOFTMAX``, and from there to the report."""
+
+
+def more_flags(parser: Parser) -> None:
+    """Documents to search on."""
+    parser.set_defaults(task=list(TASKS))
+    parser.add_argument(
+        "--search_path",
+        nargs="+",
+        type=Path,
+        help="one a task: documents to choose settings on, others than those of --dataset_path"
+        " (default: of the corpus)",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> Steps:
+    """Search, measure, say whether there is one, write."""
+    study = Study("beyond", __doc__, argv, more_flags=more_flags)
+    searched = search_items(study)
+    base = KeyformerConfig.preset("h2o", kv_cache=SEARCHED_AT)
+    grid = [
+        replace(base, forgetting=forgetting, normalize=normalize, recent=recent)
+        for forgetting, normalize, recent in product(FORGETTING, NORMALIZE, RECENT)
+    ]
+    if study.flags.quick:
+        grid = grid[::6]
+    rivals = baselines(SEARCHED_AT)
+    panels = measures(study, searched)
+    seed = study.flags.seeds[:1]
+    first = yield from study.measure([*rivals, *map(setting, grid)], panels, seed)
+    best = ranked(first, len(rivals))[:KEPT]
+    softmax = [
+        setting(replace(of.config, noise=noise, tau_init=tau_init, tau_end=tau_end))
+        for of in best
+        for noise, tau_init, tau_end in SOFTMAX
+    ]
+    second = yield from study.measure([*rivals, *best, *softmax], panels, seed)
+    finalists = ranked(second, len(rivals))[:FINALISTS]
+
+    cells = [Cell(labels("full", KeyformerConfig.preset("full")), KeyformerConfig.preset("full"))]
+    for size in SIZES:
+        cells += baselines(size)
+        cells += [
+            setting(replace(of.config, kv_cache=float(size)), described(of.config))
+            for of in finalists
+        ]
+    results = yield from study.measure(cells, measures(study, study.items))
+    print_tables(results)
+    verdict(results, [described(of.config) for of in finalists], searched)
+    title = "One score for everything? Settings chosen on other documents"
+    study.write(results, method_curves(results, "kv_cache", "cache, % of the prompt", title))
+
+
+def search_items(study: Study) -> dict[str, list[Item]]:
+    """By task, the documents that settings are chosen on."""
+    flags = study.flags
+    if flags.search_path:
+        if len(flags.search_path) != len(flags.task):
+            raise InputError(
+                f"--search_path must name one file for each --task, got"
+                f" {len(flags.search_path)} for {len(flags.task)}"
+            )
+        paths = zip(flags.task, flags.search_path, strict=True)
+        return {task: load_items(path, TASKS[task]) for task, path in paths}
+    if flags.dataset_path:
+        raise InputError(
+            "--dataset_path needs --search_path: other documents to choose settings on"
+        )
+    found = {}
+    for task in flags.task:
+        kind = {"summarization": "news", "conversation": "dialogue"}[task]
+        documents = [document("eval", index, kind=kind) for index in SEARCH_DOCUMENTS]
+        found[task] = study.sample(task, documents) if flags.quick else documents
+    return found
+
+
+def measures(study: Study, items: dict[str, list[Item]]) -> dict[Panel, OnItems]:
+    """ROUGE of every task and, of the first one's documents, the likelihood of continued text."""
+    found = study.measures(Rouge, items)
+    task = study.flags.task[0]
+    continued = study.measures(Likelihood, {task: items[task]})
+    found |= {(model, "continuation"): of for (model, _), of in continued.items()}
+    return dict(sorted(found.items(), key=lambda entry: study.models.index(entry[0][0])))
+
+
+def labels(method: str, config: KeyformerConfig) -> Labels:
+    """A row's, of any method."""
+    size = "" if method == "full" else plain(config.kv_cache)
+    names = ("forgetting", "normalize", "recent", "noise", "tau_init", "tau_end")
+    scored = config.needs_scores
+    told = {name: plain(getattr(config, name)) if scored else "" for name in names}
+    return {"method": method, "kv_cache": size, **told}
+
+
+def setting(config: KeyformerConfig, name: str = "setting") -> Cell:
+    """A cell of the search."""
+    return Cell(labels(name, config), config)
+
+
+def baselines(size: float) -> list[Cell]:
+    """What has to be beaten at a size of the cache."""
+    configs = [(name, KeyformerConfig.preset(name, kv_cache=float(size))) for name in BASELINES]
+    return [Cell(labels(name, config), config) for name, config in configs]
+
+
+def gain(row: Row, rival: Row) -> tuple[float, float]:
+    """How much better a row is than another, and that in standard errors."""
+    metric = compared_metric(row) or ""
+    mean, low, high = difference(row, rival, metric)
+    sign = -1 if metric == "bits" else 1
+    return sign * mean, sign * mean / max((high - low) / 3.92, 1e-9)
+
+
+def ranked(results: Results, rivals: int) -> list[Cell]:
+    """Settings by their worst comparison with any of the first rows, in standard errors.
+
+    Those that are one of the first rows themselves are left out.
+    """
+    worst: dict[int, float] = {}
+    for rows in results.values():
+        for number, row in enumerate(rows[rivals:]):
+            least = min(gain(row, rival)[1] for rival in rows[:rivals])
+            worst[number] = min(worst.get(number, math.inf), least)
+    rows = next(iter(results.values()))
+    known = [row.config for row in rows[:rivals]]
+    order = sorted(worst, key=lambda number: -worst[number])
+    best = [rows[rivals + number] for number in order]
+    return [Cell(row.labels, row.config) for row in best if row.config not in known]
+
+
+def beats(row: Row, rival: Row) -> int:
+    """1 if better, -1 if worse, 0 if the intervals overlap."""
+    metric = compared_metric(row) or ""
+    _, low, high = row.values[metric]
+    _, rival_low, rival_high = rival.values[metric]
+    if low <= rival_high and rival_low <= high:
+        return 0
+    return (1 if low > rival_high else -1) * (-1 if metric == "bits" else 1)
+
+
+def described(config: KeyformerConfig) -> str:
+    """A setting's name in tables and figures: what distinguishes it from H2O."""
+    name = f"forgetting {config.forgetting:g}, {config.normalize}, recent {config.recent:g}"
+    if (config.noise, config.tau_init, config.tau_end) != ("none", 1, 1):
+        name += f", {config.noise} {config.tau_init:g} to {config.tau_end:g}"
+    return name
+
+
+def verdict(results: Results, settings: list[str], searched: dict[str, list[Item]]) -> None:
+    """Print how often each finalist beats the baselines, and whether one always does."""
+    counts = ", ".join(f"{len(of)} of {task}" for task, of in searched.items())
+    print(
+        f"\nSettings were chosen at {SEARCHED_AT} % of the cache on other documents ({counts})."
+        f" Comparisons with {', '.join(BASELINES)} over models, tasks and sizes:"
+    )
+    lines = [["setting", "better", "overlapping", "worse"]]
+    winners = []
+    for name in settings:
+        outcomes = [
+            beats(row, rival)
+            for rows in results.values()
+            for row in rows
+            if row.labels["method"] == name
+            for rival in rows
+            if rival.labels["method"] in BASELINES
+            and rival.labels["kv_cache"] == row.labels["kv_cache"]
+        ]
+        lines.append([name, *(str(outcomes.count(which)) for which in (1, 0, -1))])
+        if all(outcome == 1 for outcome in outcomes):
+            winners.append(name)
+    print_columns(lines)
+    if winners:
+        print(
+            f"{'; '.join(winners)}: better than all of them everywhere, no intervals overlapping."
+        )
+    else:
+        print("No setting beats all of them everywhere: there is no preset to be made of one.")
+
+
+if __name__ == "__main__":
+    run_study(main)

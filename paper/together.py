@@ -1,0 +1,35 @@
+"""Run several scripts of this folder as one: python paper/together.py [flags] < commands
+
+A command is a script's name with its flags, one a line; the flags given here follow those of each.
+What the scripts measure comes from one queue, so that --jobs processes are busy to the end, and
+what two of them measure is measured once.
+"""
+
+from __future__ import annotations
+
+import runpy
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from keyformer.config import InputError
+from keyformer.evaluation.flags import run_main
+from keyformer.evaluation.sweep import carry_out
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read commands from standard input and carry them out."""
+    flags = sys.argv[1:] if argv is None else argv
+    studies = []
+    for line in sys.stdin:
+        name, *own = shlex.split(line) or [""]
+        script = Path(__file__).with_name(name)
+        if script.suffix != ".py" or not script.exists():
+            raise InputError(f"a command must begin with a script of {script.parent}, got {line!r}")
+        studies.append(runpy.run_path(str(script))["main"]([*own, *flags]))
+    carry_out(studies)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,160 @@
+"""paper/kept_tokens.py: its page in a browser, against a cache that takes the same steps."""
+
+from __future__ import annotations
+
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import script
+from originals import write_original
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
+
+from keyformer import InputError, KeyformerCache, KeyformerConfig, load_model
+from keyformer.evaluation.data import TASKS, load_items
+from keyformer.evaluation.study import BUNDLED
+
+kept_tokens = script("paper", "kept_tokens")
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Headless Chromium, the distribution's own."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.fail("the page is tested in Chromium: apt-get install chromium chromium-driver")
+    options = ChromeOptions()
+    options.binary_location = chromium
+    profile = tmp_path_factory.mktemp("profile")
+    for switch in (
+        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
+        *("disable-background-networking", "disable-component-update", "disable-sync"),
+        *(f"user-data-dir={profile}", "window-size=1000,900"),
+    ):
+        options.add_argument(f"--{switch}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chrome = Chrome(options, ChromeService(driver))
+    yield chrome
+    chrome.quit()
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> Path:
+    return write_original(tmp_path_factory.mktemp("kept") / "mpt", "mpt", "safetensors")
+
+
+@pytest.fixture(scope="module")
+def page(model_path, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("page") / "page.html"
+    flags = ["--model_path", str(model_path), "--device", "cpu", "--attention", "h2o"]
+    flags += ["--kv_budget", "40", "--item", "1", "--max_new_tokens", str(STEPS + 1)]
+    kept_tokens.main([*flags, "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def opened(browser, page):
+    browser.get(page.as_uri())
+    return browser
+
+
+def states(model_path: Path) -> list[torch.Tensor]:
+    """After the prompt and each step, the positions that the cache holds, by layer."""
+    model, tokenizer = load_model(model_path, device="cpu", dtype="float32")
+    item = load_items(BUNDLED["summarization"], TASKS["summarization"])[1]
+    ids = tokenizer(TASKS["summarization"].prompt(item), return_tensors="pt")["input_ids"]
+    cache = KeyformerCache(model.config, KeyformerConfig.preset("h2o", kv_budget=40))
+    found = []
+    with torch.no_grad():
+        for _ in range(STEPS + 1):
+            ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            found.append(torch.stack([layer.positions[0] for layer in cache.layers]))
+    return found
+
+
+def shading(browser) -> dict[int, int]:
+    """By token, how many heads the page says hold it; its colour has to agree."""
+    read = """return [...document.querySelectorAll("span[data-token]")].map((span) =>
+        [+span.dataset.token, +span.dataset.held, getComputedStyle(span).backgroundColor])"""
+    held = {}
+    for token, holding, color in browser.execute_script(read):
+        assert (color == "rgba(0, 0, 0, 0)" or color.endswith(", 0)")) == (holding == 0), color
+        held[token] = holding
+    return held
+
+
+def counted(positions: torch.Tensor) -> dict[int, int]:
+    tokens, counts = positions.unique(return_counts=True)
+    return dict(zip(tokens.tolist(), counts.tolist(), strict=True))
+
+
+def test_slider_changes_the_shading(opened, model_path) -> None:
+    """At every step, shading is what the cache held then."""
+    slider = opened.find_element(By.ID, "step")
+    seen = []
+    for step, positions in enumerate(states(model_path)):
+        assert opened.find_element(By.ID, "at").text == f"{step} of {STEPS}"
+        held = shading(opened)
+        assert {token: count for token, count in held.items() if count} == counted(positions)
+        seen.append(held)
+        slider.send_keys(Keys.ARROW_RIGHT)
+    assert all(before != after for before, after in pairwise(seen))
+    assert opened.find_element(By.ID, "counts").text.startswith("40 of ")
+
+
+def test_one_layer_and_head(opened, model_path) -> None:
+    Select(opened.find_element(By.ID, "layer")).select_by_visible_text("1")
+    Select(opened.find_element(By.ID, "head")).select_by_visible_text("2")
+    held = {token for token, count in shading(opened).items() if count}
+    assert held == set(states(model_path)[0][1, 2].tolist())
+
+
+def test_hover_shows_the_score(opened, model_path) -> None:
+    Select(opened.find_element(By.ID, "layer")).select_by_visible_text("0")
+    Select(opened.find_element(By.ID, "head")).select_by_visible_text("0")
+    token = opened.find_element(By.CSS_SELECTOR, '#prompt span[data-held="1"]')
+    ActionChains(opened).move_to_element(token).perform()
+    tip = opened.find_element(By.ID, "tip").text
+    position = int(token.get_attribute("data-token"))
+    assert f"position {position}\nheld by 1 of 1 heads" in tip
+
+    model, tokenizer = load_model(model_path, device="cpu", dtype="float32")
+    item = load_items(BUNDLED["summarization"], TASKS["summarization"])[1]
+    ids = tokenizer(TASKS["summarization"].prompt(item), return_tensors="pt")["input_ids"]
+    cache = KeyformerCache(model.config, KeyformerConfig.preset("h2o", kv_budget=40))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    slot = cache.layers[0].positions[0, 0].tolist().index(position)
+    shown = float(tip.rpartition("score ")[2])
+    assert shown == pytest.approx(float(cache.layers[0].scores[0, 0, slot]), rel=2e-2)
+
+
+def test_page_needs_no_network_and_has_no_errors(opened) -> None:
+    assert opened.get_log("browser") == []
+    asked = [entry["message"] for entry in opened.get_log("performance")]
+    urls = [m for m in asked if '"Network.requestWillBeSent"' in m]
+    assert urls and not any('"url":"http' in m for m in urls)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--item", "200"], "--item must be from 0 to 199"),
+        (["--max_new_tokens", "0"], "--max_new_tokens"),
+        (["--kv_cache", "0"], "kv_cache"),
+        (["--dataset_path", "nowhere.json"], r"nowhere\.json"),
+    ],
+)
+def test_bad_input_is_named(flags, says, model_path, tmp_path) -> None:
+    out = tmp_path / "page.html"
+    with pytest.raises(InputError, match=says):
+        kept_tokens.main(["--model_path", str(model_path), "--out", str(out), *flags])
+    assert not out.exists()
