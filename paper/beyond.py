@@ -19,7 +19,7 @@ from keyformer.evaluation.data import TASKS, Item, load_items
 from keyformer.evaluation.flags import Parser
 from keyformer.evaluation.measures import Likelihood, OnItems, Rouge
 from keyformer.evaluation.pictures import method_curves
-from keyformer.evaluation.study import Panel, Results, Study, run_study
+from keyformer.evaluation.study import KINDS, Panel, Results, Study, run_study
 from keyformer.evaluation.sweep import Cell, Labels, Row, Steps, plain
 from keyformer.evaluation.tables import compared_metric, difference, print_columns, print_tables
 from tiny.corpus import document
@@ -107,8 +107,7 @@ def search_items(study: Study) -> dict[str, list[Item]]:
         )
     found = {}
     for task in flags.task:
-        kind = {"summarization": "news", "conversation": "dialogue"}[task]
-        documents = [document("eval", index, kind=kind) for index in SEARCH_DOCUMENTS]
+        documents = [document("eval", index, kind=KINDS[task]) for index in SEARCH_DOCUMENTS]
         found[task] = study.sample(task, documents) if flags.quick else documents
     return found
 

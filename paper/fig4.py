@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> Steps:
             ax.vlines(list(kept), 0, list(kept.values()), color=COLORS[method], **line)
             ax.text(0.02, 0.92, method, transform=ax.transAxes, va="top", color=COLORS[method])
             ax.set_yscale("asinh", linear_width=0.002)
-            ax.set_ylim(bottom=0)
+            top = max(*full.values(), *kept.values())
+            ax.set_yticks([0, *(tick for tick in (0.001, 0.01, 0.1, 1) if tick < top)])
+            ax.set_ylim(0, 1.3 * top)
         grid[0, column].set_title(f"{model.removesuffix('-keyformer')}, {task}")
         grid[-1, column].set_xlabel("position in the text")
     for ax in grid[:, 0]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from keyformer.evaluation.data import Item
 from keyformer.evaluation.sizes import sweep_sizes
-from keyformer.evaluation.study import Study, run_study
+from keyformer.evaluation.study import KINDS, Study, run_study
 from keyformer.evaluation.sweep import Steps
 from tiny.corpus import document
 
@@ -21,8 +21,7 @@ FILLER = 3.0
 
 def long_documents(task: str) -> list[Item]:
     """200 held-out documents, longer than those of the training."""
-    kind = {"summarization": "news", "conversation": "dialogue"}[task]
-    return [document("eval", index, FILLER, kind) for index in range(200)]
+    return [document("eval", index, FILLER, KINDS[task]) for index in range(200)]
 
 
 def main(argv: Sequence[str] | None = None) -> Steps:

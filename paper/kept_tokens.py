@@ -24,7 +24,7 @@ from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import TASKS, load_items, make_prompt
 from keyformer.evaluation.results import check_writable, write_text
 from keyformer.evaluation.run import load, prompt_room
-from keyformer.evaluation.study import BUNDLED, NEW_TOKENS, ROOT
+from keyformer.evaluation.study import BUNDLED, ROOT
 
 MOST_SCORES = 2_000_000
 """Scores on a page: beyond that, only every so many steps' are on it."""
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--item must be from 0 to {len(items) - 1}, got {flags.item}")
     check_writable(flags.out)
     model, tokenizer = load(flags)
-    new_tokens = flags.max_new_tokens or NEW_TOKENS[flags.task]
+    new_tokens = flags.max_new_tokens or task.max_new_tokens
     prompt = make_prompt(items[flags.item], task, tokenizer, prompt_room(model, new_tokens))
     data = follow(model, tokenizer, prompt, config, new_tokens)
     size = "everything kept" if method == "full" else f"{config.kv_cache:g} % of the prompt"
@@ -59,12 +59,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, checked."""
     parser = flag.Parser(description=__doc__)
     flag.model_flags(parser)
-    flag.method_flags(parser)
-    parser.set_defaults(keyformer=False)
+    flag.method_flags(parser, default="keyformer")
     parser.add_argument("--task", choices=TASKS, default="summarization")
     parser.add_argument("--dataset_path", type=Path, help="default: the bundled one")
     parser.add_argument("--item", type=int, default=0, help="which document, counted from 0")
-    parser.add_argument("--max_new_tokens", type=int, help="default: 128, for conversation 224")
+    parser.add_argument("--max_new_tokens", type=int, help="default: the task's")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--out", type=Path, default=ROOT / "paper" / "results" / "kept_tokens.html")
     flags = parser.parse_args(argv)

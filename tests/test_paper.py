@@ -250,7 +250,7 @@ def test_interval_is_that_of_the_mean() -> None:
     assert high == pytest.approx(mean + spread, abs=0.15)
     by_seed = [{"x": [1.0, 3.0]}, {"x": [3.0, 1.0]}]
     same = summarize(Cell({}, KeyformerConfig()), by_seed).values["x"]
-    assert same == (2.0, 2.0, 2.0)  # seeds are averaged before items are drawn
+    assert same == pytest.approx((2.0, 2.0, 2.0))  # seeds are averaged before items are drawn
 
 
 def test_rows_share_a_letter_where_intervals_overlap() -> None:
@@ -269,7 +269,7 @@ def test_difference_is_paired() -> None:
     """A small step on every item shows, however much the items differ."""
     values = np.random.default_rng(3).normal(50, 10, size=100)
     mean, low, high = difference(row(list(values + 0.5)), row(list(values)))
-    assert mean == pytest.approx(0.5) == low == high
+    assert (mean, low, high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_likelihood_of_a_full_cache_is_that_of_the_whole_text(model_path) -> None:

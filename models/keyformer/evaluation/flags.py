@@ -35,12 +35,18 @@ def run_main(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     sys.exit(0)
 
 
-def method_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that choose the attention method and its settings."""
+def method_flags(parser: argparse.ArgumentParser, default: str = "full") -> None:
+    """Flags that choose the attention method and its settings.
+
+    Parameters
+    ----------
+    default
+        What ``--help`` says of the method where the flags name none.
+    """
     defaults = KeyformerConfig()
     group = parser.add_argument_group("method")
     group.add_argument(
-        "--attention", choices=METHODS, default=None, help="attention method (default: full)"
+        "--attention", choices=METHODS, help=f"attention method (default: {default})"
     )
     group.add_argument("--keyformer", action="store_true", help="short for --attention keyformer")
     group.add_argument(

@@ -39,6 +39,9 @@ COLORS = {
 PALETTE = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#bcbd22")
 """Of what is no method."""
 
+LEAST_SPAN = 5.0
+"""Of a grid's colours, so that small differences look small."""
+
 
 def panels(results: Results, title: str, ylabel: str = "ROUGE-2") -> tuple[Figure, list[Axes]]:
     """A figure with one panel a model and task, in the order of ``results``."""
@@ -131,11 +134,13 @@ def draw_grid(ax: Axes, rows: Sequence[Row], x: str, y: str, metric: str = "roug
     down = list(dict.fromkeys(row.labels[y] for row in rows))
     found = {(row.labels[y], row.labels[x]): row.values[metric][0] for row in rows}
     values = [[found[b, a] for a in across] for b in down]
-    ax.imshow(values, cmap="viridis", aspect="auto")
+    lowest, highest = min(map(min, values)), max(map(max, values))
+    middle, half = (lowest + highest) / 2, max(highest - lowest, LEAST_SPAN) / 2
+    colors = {"vmin": middle - half, "vmax": middle + half}
+    ax.imshow(values, cmap="viridis", aspect="auto", **colors)
     ax.grid(False)
     ax.set_xticks(range(len(across)), [str(a) for a in across])
     ax.set_yticks(range(len(down)), [str(b) for b in down])
-    middle = (min(map(min, values)) + max(map(max, values))) / 2
     for i, line in enumerate(values):
         for j, value in enumerate(line):
             color = "white" if value < middle else "black"

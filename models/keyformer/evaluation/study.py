@@ -44,8 +44,8 @@ BUNDLED = {
     "conversation": ROOT / "conversation" / "data" / "sample_eval.json",
 }
 MODELS = ("mpt-tiny-keyformer", "gptj-tiny-keyformer", "cerebras-tiny-keyformer")
-NEW_TOKENS = {"summarization": 128, "conversation": 224}
-"""Generated at most: what the references of the bundled datasets need."""
+KINDS = {"summarization": "news", "conversation": "dialogue"}
+"""What the bundled models' corpus calls a task's documents."""
 
 QUICK = {"n_obs": 2, "max_new_tokens": 4, "characters": 120}
 """What --quick takes of the dataset and of each document, and generates."""
@@ -98,7 +98,7 @@ class Study:
         parser.add_argument("--dtype", default="float32")
         parser.add_argument("--bs", type=int, default=8, help="batch size")
         parser.add_argument("--beam", type=int, default=1, help="beams; the paper's runs use 4")
-        parser.add_argument("--max_new_tokens", type=int, help="default: 128, for conversation 224")
+        parser.add_argument("--max_new_tokens", type=int, help="default: the task's")
         parser.add_argument(
             "--jobs", type=int, default=1, help="processes, in turn on each GPU (default: 1)"
         )
@@ -166,7 +166,7 @@ class Study:
                 items=of_task,
                 bs=flags.bs,
                 beam=flags.beam,
-                max_new_tokens=flags.max_new_tokens or NEW_TOKENS[task],
+                max_new_tokens=flags.max_new_tokens or TASKS[task].max_new_tokens,
                 **more,
             )
             for path in flags.model_path
@@ -244,7 +244,7 @@ class Study:
         for option in ("beam", "bs", "dtype", "seeds"):
             settings[option] = getattr(self.flags, option)
         settings["max_new_tokens"] = {
-            task: self.flags.max_new_tokens or NEW_TOKENS[task] for task in self.items
+            task: self.flags.max_new_tokens or TASKS[task].max_new_tokens for task in self.items
         }
         record = run_record(check_device(self.flags.device))
         record["command"] = shlex.join(["python", f"paper/{self.name}.py", *self.argv])
