@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every table and figure of the paper that is about accuracy, on the bundled models:
-#   paper/all.sh --bs 200 --jobs 28        on GPUs; --jobs processes share them
+#   paper/all.sh --bs 200 --jobs 20        on GPUs; --jobs processes share them
 #   paper/all.sh --quick                   a minute on a CPU, only to see all of it work
 # Flags are passed to each script. What was measured before a stop is not measured again.
 set -euo pipefail

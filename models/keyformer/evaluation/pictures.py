@@ -136,8 +136,8 @@ def draw_grid(ax: Axes, rows: Sequence[Row], x: str, y: str, metric: str = "roug
     values = [[found[b, a] for a in across] for b in down]
     lowest, highest = min(map(min, values)), max(map(max, values))
     middle, half = (lowest + highest) / 2, max(highest - lowest, LEAST_SPAN) / 2
-    colors = {"vmin": middle - half, "vmax": middle + half}
-    ax.imshow(values, cmap="viridis", aspect="auto", **colors)
+    low, high = middle - half, middle + half
+    ax.imshow(values, cmap="viridis", aspect="auto", vmin=low, vmax=high)
     ax.grid(False)
     ax.set_xticks(range(len(across)), [str(a) for a in across])
     ax.set_yticks(range(len(down)), [str(b) for b in down])

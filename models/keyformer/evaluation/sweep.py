@@ -319,4 +319,8 @@ def _begin_worker(numbers: Any, devices: list[torch.device], jobs: int) -> None:
 
 
 def _work(run: Run) -> PerItem:
-    return run.measure(run.config, _worker_device)
+    try:
+        return run.measure(run.config, _worker_device)
+    finally:
+        if _worker_device.type == "cuda":
+            torch.cuda.empty_cache()  # the other processes on this GPU need it
