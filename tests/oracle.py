@@ -50,10 +50,22 @@ class Head:
     keys_end: int | None = None
     """Where the recent window began when the first prompt had been read."""
 
-    def step(self, queries, keys, values, tau: float) -> list[list[float]]:
-        """Attend with new tokens (a prompt or a single one), score, evict; the outputs."""
-        outputs = self.attend(queries, keys, values, tau)
-        self.evict({t: t.f_theta for t in self.tokens})
+    def step(self, queries, keys, values, tau: float, chunk: int = 10**9) -> list[list[float]]:
+        """Attend with new tokens (a prompt or a single one), score, evict; the outputs.
+
+        A prompt longer than ``chunk`` is read, and evicted to the budget, in pieces.
+        """
+        outputs = [[] for _ in queries]
+        while keys:
+            now = [group[:chunk] for group in queries], keys[:chunk], values[:chunk]
+            queries, keys, values = (
+                [group[chunk:] for group in queries],
+                keys[chunk:],
+                values[chunk:],
+            )
+            for output, more in zip(outputs, self.attend(*now, tau), strict=True):
+                output += more
+            self.evict({t: t.f_theta for t in self.tokens}, prompt_goes_on=bool(keys))
         return outputs
 
     def attend(self, queries, keys, values, tau: float) -> list[list[float]]:
@@ -63,7 +75,7 @@ class Head:
         shares this key/value head: queries[g][i], keys[i], values[i].
         """
         outputs = [[] for _ in queries]
-        factor = self.damping if self.seen else 1.0
+        factor = 1.0 if self.keys_end is None else self.damping
         for i in range(len(keys)):
             self.tokens.append(Token(self.seen, keys[i], values[i]))
             self.seen += 1
@@ -112,7 +124,7 @@ class Head:
     def noise_of(self, group: int) -> Callable[[int, int], float]:
         return self.noise[group] if isinstance(self.noise, list) else self.noise
 
-    def evict(self, scores: dict[Token, float]) -> None:
+    def evict(self, scores: dict[Token, float], prompt_goes_on: bool = False) -> None:
         """S_w: the recent window. S_key: the best of the rest. Keep their union."""
         if self.mean:
             scores = {t: score / (self.seen - t.position) for t, score in scores.items()}
@@ -134,7 +146,7 @@ class Head:
             rest.remove(best)
             kept.append(best)
         self.tokens = sorted(kept, key=lambda t: t.position)
-        if self.keys_end is None:
+        if self.keys_end is None and not prompt_goes_on:
             self.keys_end = window.start
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -190,6 +190,30 @@ def test_equals_literal_algorithm(case: Case, chunk: int) -> None:
                 expected = head.step(*case.columns(row, h, start, end), tau)
                 check_output(case, row, h, (start, end), output, expected)
                 check_slots(cache.layers[0], row, h, head, case.config.needs_scores)
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases, chunk=st.integers(1, 9))
+def test_prompts_in_chunks_equal_literal_algorithm(case: Case, chunk: int) -> None:
+    """Each chunk attends to the slots and itself; to scores and frozen keys all are one prompt."""
+    case = replace(case, prompts=[max(case.prompts)])
+    heads = {place: case.oracle(*place) for place in case.places()}
+    cache = KeyformerCache(PreTrainedConfig(num_hidden_layers=1), case.config)
+    cache.max_new_tokens = 7
+    step = 0
+    for start, end in case.forwards():
+        step = 0 if end - start > 1 or start == 0 else step + 1
+        if step == 0:
+            cache.expect(case.real(start, end))
+        pieces = [(at, min(at + chunk, end)) for at in range(start, end, chunk)]
+        output = torch.cat([case.attend(cache, 0, *piece) for piece in pieces], dim=2)
+        assert cache.layers[0].step == step
+        assert cache.layers[0].prompt_end == end - step
+        for (row, h), head in heads.items():
+            tau = temperature(case.config, step, 7)
+            expected = head.step(*case.columns(row, h, start, end), tau, chunk)
+            check_output(case, row, h, (start, end), output, expected)
+            check_slots(cache.layers[0], row, h, head, case.config.needs_scores)
 
 
 @pytest.mark.parametrize("normalize", ["sum", "mean"])

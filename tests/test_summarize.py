@@ -170,6 +170,16 @@ def test_attentions_are_saved_without_pickle(run, tmp_path, which: str) -> None:
     assert len(steps) == (4 if which == "--save_attentions" else 1)
 
 
+def test_prompts_in_chunks(run) -> None:
+    """Full attention gives the same summaries; of an evicting method the caches stay as large."""
+    options = ("--attention", "full", "--bs", "3")
+    assert run(*options)[1] == run(*options, "--prefill_chunk", "7")[1]
+    whole, _ = run("--keyformer", "--kv_cache", "50")
+    chunked, _ = run("--keyformer", "--kv_cache", "50", "--prefill_chunk", "7")
+    assert chunked["config"]["prefill_chunk"] == 7
+    assert chunked["kv_bytes_prompt"] == whole["kv_bytes_prompt"]
+
+
 BAD = [
     (["--kv_cache", "0"], "kv_cache"),
     (["--kv_cache", "101", "--attention", "full"], "101"),
@@ -179,6 +189,8 @@ BAD = [
     (["--tau_init", "0"], "tau_init"),
     (["--tau_end", "-2", "--keyformer"], "tau_end"),
     (["--kv_budget", "0"], "kv_budget"),
+    (["--prefill_chunk", "0"], "prefill_chunk"),
+    (["--prefill_chunk", "8", "--save_attentions"], "--save_attentions"),
     (["--keyformer", "--attention", "h2o"], "h2o"),
     (["--attention", "snapkv"], "snapkv"),
     (["--bs", "0"], "--bs"),
@@ -236,6 +248,7 @@ def test_compare_prints_methods_side_by_side(mpt_path, dataset_path, tmp_path, c
             *("--model_path", str(mpt_path), "--dataset_path", str(dataset_path)),
             *("--device", "cpu", "--methods", "full", "h2o", "keyformer", "--kv_cache", "30", "60"),
             *("--seeds", "0", "1", "--max_new_tokens", "4", "--show", "2"),
+            *("--prefill_chunk", "50"),
             *("--record", str(record)),
         ]
     )
@@ -251,5 +264,6 @@ def test_compare_prints_methods_side_by_side(mpt_path, dataset_path, tmp_path, c
         ("keyformer", 60, 0),
         ("keyformer", 60, 1),
     ]
+    assert {row["config"]["prefill_chunk"] for row in rows} == {50}
     sizes = [row["kv_bytes_end"] for row in rows]
     assert sizes[1] == sizes[3] < sizes[2] == sizes[5] < sizes[0]

@@ -55,6 +55,7 @@ class KeyformerLayer(CacheLayerMixin):
         self.is_initialized = False
         self.step = 0
         self.prompt_end = 0
+        self._first_prompt = 0
         self._length = 0
         self._seen = torch.zeros(1, dtype=torch.int64)
 
@@ -67,10 +68,24 @@ class KeyformerLayer(CacheLayerMixin):
         self.positions = torch.zeros(batch, heads, 0, dtype=torch.int64, device=self.device)
         self.scores = torch.zeros(batch, heads, 0, device=self.device)
         self._seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        for name in ("_budget", "_window", "_frozen_before"):
+            setattr(self, name, getattr(self, name).to(self.device))
         self.is_initialized = True
 
+    def expect(self, real: Tensor) -> None:
+        """Announce a prompt, which may come in chunks; the first one fixes the budgets.
+
+        Parameters
+        ----------
+        real
+            (batch, tokens) bool of the whole prompt, False for padding.
+        """
+        if not self._first_prompt:
+            self._set_budgets(real)
+        self.prompt_end = self._length + real.shape[1]
+
     def place(self, key: Tensor, value: Tensor, real: Tensor) -> Tokens:
-        """Count new tokens in, and on the first prompt fix each sequence's budget.
+        """Count new tokens in. More than one, or the first, are a prompt if none is expected.
 
         Parameters
         ----------
@@ -84,9 +99,10 @@ class KeyformerLayer(CacheLayerMixin):
         Tokens
             The new tokens with their positions and places.
         """
-        is_prompt = not self.is_initialized or key.shape[2] > 1
+        starts_prompt = key.shape[2] > 1 or not self.is_initialized
+        if starts_prompt and self._length >= self.prompt_end:
+            self.expect(real)
         if not self.is_initialized:
-            self._set_budgets(real, key.device)
             self.lazy_initialization(key, value)
         real = real.to(self.device)
         count = real.cumsum(dim=-1)
@@ -94,9 +110,7 @@ class KeyformerLayer(CacheLayerMixin):
         places = self.next_places(real)
         self._seen = self._seen + count[:, -1]
         self._length += key.shape[2]
-        self.step = 0 if is_prompt else self.step + 1
-        if is_prompt:
-            self.prompt_end = self._length
+        self.step = 0 if self._length <= self.prompt_end else self.step + 1
         by_head = (slice(None), None, slice(None))
         shape = key.shape[:3]
         return Tokens(key, value, positions[by_head].expand(shape), places[by_head].expand(shape))
@@ -118,7 +132,7 @@ class KeyformerLayer(CacheLayerMixin):
         return (self._first_place(count[:, -1])[:, None] + count - 1).masked_fill(~real, -1)
 
     def places_needed(self, real: Tensor, new_tokens: int) -> int:
-        """How many places new tokens and those generated after them take.
+        """How many places new tokens, chunk by chunk, and those generated after them take.
 
         Parameters
         ----------
@@ -128,11 +142,15 @@ class KeyformerLayer(CacheLayerMixin):
             Tokens generated after them, of which the last is not fed back; at least 1.
         """
         count = real.sum(dim=-1)
-        needed = self._first_place(count) + count
-        at_end = needed + new_tokens - 1
-        if self.config.positions == "new":
-            at_end = torch.minimum(at_end, self._budgets(count) + 1)
-        return int(torch.maximum(needed, at_end).max())
+        seen = self._seen.to(count.device)
+        at_end = seen + count + new_tokens - 1
+        if self.config.positions == "original":
+            return int(at_end.max())
+        budgets = self._budgets(count)
+        chunk = self.config.prefill_chunk or real.shape[1]
+        before = torch.arange(0, real.shape[1], chunk, device=count.device)[:, None].minimum(count)
+        needed = torch.minimum(seen + before, budgets) + (count - before).clamp(max=chunk)
+        return int(torch.maximum(needed.amax(dim=0), torch.minimum(at_end, budgets + 1)).max())
 
     def _first_place(self, count: Tensor) -> Tensor:
         """The place after those taken, (batch,) int64, where ``count`` real tokens are new."""
@@ -143,7 +161,7 @@ class KeyformerLayer(CacheLayerMixin):
 
     def _budgets(self, count: Tensor) -> Tensor:
         """k of each sequence, (batch,) int64: by its tokens if this is its first prompt."""
-        if self.is_initialized:
+        if self._first_prompt:
             return self._budget.to(count.device)
         return torch.tensor([self.config.budget(int(n)) for n in count], device=count.device)
 
@@ -232,16 +250,16 @@ class KeyformerLayer(CacheLayerMixin):
 
     @property
     def in_first_prompt(self) -> bool:
-        """Whether the tokens placed last were the first ones."""
-        return self._length == self._first_prompt
+        """Whether the tokens placed last are of the first prompt."""
+        return self._length <= self._first_prompt
 
-    def _set_budgets(self, real: Tensor, device: torch.device) -> None:
+    def _set_budgets(self, real: Tensor) -> None:
         """Fix k and w of each sequence by its number of real prompt tokens."""
-        lengths = real.sum(dim=-1).to(device)
+        lengths = real.sum(dim=-1)
         self._budget = self._budgets(lengths)
         budgets = self._budget.tolist()
         windows = [self.config.recent_window(k) for k in budgets]
-        self._window = torch.tensor(windows, device=device)
+        self._window = torch.tensor(windows, device=real.device)
         self._largest_budget = max(budgets)
         self._first_prompt = real.shape[1]
         self._frozen_before = self._window_start(lengths)
@@ -384,6 +402,9 @@ class KeyformerCache(Cache):
         Seed of this cache's noise.
     max_new_tokens, max_length
         What ``generate`` was asked for; T of Eq. 10 unless the config has its own.
+    outputs_wanted
+        Of how many tokens, counted from a prompt's end, the model's outputs are of use; None is
+        all. Where a prompt comes in chunks the model keeps no others.
     observer
         If set, called after each layer's attention with its weights.
     """
@@ -401,6 +422,7 @@ class KeyformerCache(Cache):
         self.max_new_tokens: int | None = None
         self.max_length: int | None = None
         self.output_attentions = False
+        self.outputs_wanted: int | None = None
         self.observer: Observer | None = None
 
     def attend(
@@ -440,6 +462,11 @@ class KeyformerCache(Cache):
         if self.observer is not None:
             self.observer(layer_idx, new.positions[:, 0], attended)
         return attended
+
+    def expect(self, real: Tensor) -> None:
+        """Announce a prompt to all layers: see :meth:`KeyformerLayer.expect`."""
+        for layer in self.layers:
+            layer.expect(real)
 
     def next_places(self, real: Tensor) -> Tensor:
         """What :meth:`KeyformerLayer.next_places` gives, alike in all layers."""

@@ -81,6 +81,12 @@ class KeyformerConfig:
         text ("Org Pos" of Table 3), or "new", its rank among the tokens in the cache.
     sinks
         First tokens of the text that are never evicted (StreamingLLM keeps 4).
+    prefill_chunk
+        Tokens of a prompt that are processed at a time, at least 1: each chunk attends to the
+        slots and, causally, to itself, is scored and evicted to the budget, so that memory does
+        not grow with the prompt. Budgets are still those of the whole prompt, and all of it is
+        t = 0. With 1 a token sees only key and recent tokens; with None, or as many as the
+        prompt has, it sees the whole text before it (the paper's prompt phase).
     seed
         Seed of the noise; None draws one from torch's global generator for each cache.
     backend
@@ -108,6 +114,7 @@ class KeyformerConfig:
     dilation: int = 0
     positions: str = "original"
     sinks: int = 0
+    prefill_chunk: int | None = None
     seed: int | None = None
     backend: str = "auto"
 
@@ -139,6 +146,7 @@ class KeyformerConfig:
             number(name, lambda v: 0 < v <= 1, "a factor in (0, 1]")
         whole("kv_budget", 1, " or None")
         whole("generation_length", 1, " or None")
+        whole("prefill_chunk", 1, " or None")
         whole("sinks", 0)
         whole("dilation", 0)
         whole("seed", 0, " or None")

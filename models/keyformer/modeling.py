@@ -97,13 +97,17 @@ class KeyformerModelMixin:
         ``attention_mask`` is (batch, tokens) or (batch, tokens seen + tokens), 0 for padding.
         ``position_ids`` are replaced: the cache knows where each token stands.
 
+        A prompt longer than ``prefill_chunk`` goes through the layers chunk by chunk; the
+        hidden states kept are those that the cache's ``outputs_wanted`` asks for.
+
         Raises
         ------
         InputError
-            If a token would stand beyond the model's table of positions.
+            If a token would stand beyond the model's table of positions, or hidden states or
+            attentions of all layers are asked for from a prompt in chunks.
         """
-        inputs = input_ids if input_ids is not None else inputs_embeds
-        if inputs is None:
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens is None:
             raise ValueError("one of input_ids and inputs_embeds is needed")
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"attention_mask must be 2D, got shape {tuple(attention_mask.shape)}")
@@ -115,27 +119,71 @@ class KeyformerModelMixin:
             past_key_values = KeyformerCache(self.config, self.keyformer_config)
         if isinstance(past_key_values, KeyformerCache):
             past_key_values.output_attentions = bool(output_attentions)
+        if attention_mask is None:
+            real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        else:
+            real = attention_mask[:, -tokens.shape[1] :].to(torch.bool)
+        inputs = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "output_attentions": output_attentions,
+            **kwargs,
+        }
+        if not isinstance(past_key_values, KeyformerCache):
+            places = (real.cumsum(dim=-1) - 1).masked_fill(~real, -1)
+            return self._forward_at(places, real, inputs)
+        self._check_places(past_key_values, real)
+        chunk = past_key_values.config.prefill_chunk
+        if chunk is None or chunk >= real.shape[1]:
+            return self._forward_at(past_key_values.next_places(real), real, inputs)
+        return self._forward_in_chunks(chunk, past_key_values, real, inputs)
+
+    def _forward_at(self, places: Tensor, real: Tensor, inputs: dict[str, Any]) -> Any:
+        """The base model's forward, told which tokens are real and where they stand."""
         # Which new tokens are real is all that a layer asks of a mask. transformers hands a
         # mask of four dimensions through as it is, and so builds none of n x n entries.
-        if attention_mask is None:
-            real = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-        else:
-            real = attention_mask[:, -inputs.shape[1] :].to(torch.bool)
-        if isinstance(past_key_values, KeyformerCache):
-            places = past_key_values.next_places(real)
-            self._check_places(past_key_values, real)
-        else:
-            places = (real.cumsum(dim=-1) - 1).masked_fill(~real, -1)
         return super().forward(  # type: ignore[misc]
-            input_ids=input_ids,
-            past_key_values=past_key_values,
-            attention_mask=real[:, None, None],
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            position_ids=places.clamp(min=0),
-            **kwargs,
+            attention_mask=real[:, None, None], position_ids=places.clamp(min=0), **inputs
         )
+
+    def _forward_in_chunks(
+        self, chunk: int, cache: KeyformerCache, real: Tensor, inputs: dict[str, Any]
+    ) -> Any:
+        """The outputs of a prompt whose tokens go through the layers ``chunk`` at a time."""
+        all_layers = [inputs["output_attentions"], inputs.get("output_hidden_states")]
+        if any(all_layers) or self.config.output_hidden_states:
+            raise InputError(
+                "a prompt in chunks gives neither attentions nor hidden states of all layers:"
+                " leave prefill_chunk out, or set the cache's observer"
+            )
+        return_dict = inputs.get("return_dict")
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        cache.expect(real)
+        batch, tokens = real.shape
+        first_wanted = max(0, tokens - (cache.outputs_wanted or tokens))
+        wanted: Tensor | None = None
+        row = torch.arange(batch, device=real.device)[:, None]
+        # Padding goes last, so that each sequence is cut where it would be cut alone.
+        order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
+        for columns in order.split(chunk, dim=1):
+            part = {
+                name: value[row, columns]
+                if isinstance(value, Tensor) and value.shape[:2] == real.shape
+                else value
+                for name, value in inputs.items()
+            }
+            here = real[row, columns]
+            output = self._forward_at(cache.next_places(here), here, {**part, "return_dict": True})
+            hidden = output.last_hidden_state
+            if wanted is None:
+                wanted = hidden.new_empty(batch, tokens - first_wanted, hidden.shape[-1])
+            at = (columns >= first_wanted).nonzero(as_tuple=True)
+            wanted[at[0], columns[at] - first_wanted] = hidden[at]
+        output.last_hidden_state = wanted
+        return output if return_dict else output.to_tuple()
 
     @property
     def position_table(self) -> int | None:
@@ -165,6 +213,32 @@ class KeyformerGenerationMixin:
 
     config: Any
     base_model: Any
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: KeyformerCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's forward; the cache learns of how many tokens logits are asked for."""
+        if isinstance(past_key_values, KeyformerCache):
+            last = logits_to_keep if isinstance(logits_to_keep, int) else 0
+            past_key_values.outputs_wanted = last or None
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any

@@ -94,6 +94,7 @@ def parse(
         "--kv_cache", nargs="+", type=float, default=[50.0], help="cache sizes in %% of the prompt"
     )
     parser.add_argument("--recent", type=float, default=default.recent)
+    flag.chunk_flag(parser)
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], help="for methods that draw noise"
     )
@@ -115,7 +116,8 @@ def rows(flags: argparse.Namespace) -> Iterator[tuple[str, int, KeyformerConfig]
     """Each run as (method, seed, configuration); what draws no noise runs once."""
     for method in flags.methods:
         for kv_cache in flags.kv_cache if method != "full" else [100.0]:
-            config = KeyformerConfig.preset(method, kv_cache=kv_cache, recent=flags.recent)
+            settings = {"recent": flags.recent, "prefill_chunk": flags.prefill_chunk}
+            config = KeyformerConfig.preset(method, kv_cache=kv_cache, **settings)
             for seed in flags.seeds if config.draws_noise else flags.seeds[:1]:
                 yield method, seed, config
 

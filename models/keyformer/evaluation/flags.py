@@ -69,6 +69,7 @@ def method_flags(parser: argparse.ArgumentParser, default: str = "full") -> None
         default=defaults.positions,
         help="of cached tokens: original, in the text, or new, in the cache (default: %(default)s)",
     )
+    chunk_flag(group)
     for name, when in (("tau_init", "at the prompt"), ("tau_end", "at the last token")):
         group.add_argument(
             f"--{name}",
@@ -76,6 +77,16 @@ def method_flags(parser: argparse.ArgumentParser, default: str = "full") -> None
             default=getattr(defaults, name),
             help=f"temperature of keyformer's score {when}, > 0 (default: %(default)s)",
         )
+
+
+def chunk_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag for prompts in chunks."""
+    parser.add_argument(
+        "--prefill_chunk",
+        type=int,
+        help="tokens of a prompt that are processed, and evicted to the cache's size, at a time:"
+        " memory is bounded whatever the prompt's length (default: all at once)",
+    )
 
 
 def method_config(flags: argparse.Namespace) -> tuple[str, KeyformerConfig]:
@@ -89,10 +100,8 @@ def method_config(flags: argparse.Namespace) -> tuple[str, KeyformerConfig]:
     if flags.keyformer and flags.attention not in (None, "keyformer"):
         raise InputError(f"--keyformer contradicts --attention {flags.attention}")
     method = "keyformer" if flags.keyformer else flags.attention or "full"
-    settings = {
-        name: getattr(flags, name)
-        for name in ("kv_cache", "recent", "kv_budget", "tau_init", "tau_end", "positions")
-    }
+    names = ("kv_cache", "recent", "kv_budget", "prefill_chunk", "tau_init", "tau_end", "positions")
+    settings = {name: getattr(flags, name) for name in names}
     # Out of range is an error under every method, also where the method fixes the value.
     KeyformerConfig(**settings)
     return method, KeyformerConfig.preset(method, **settings)
@@ -269,6 +278,8 @@ def check_task_flags(flags: argparse.Namespace) -> None:
             f"--min_gen_length {flags.min_gen_length} is more than"
             f" --max_new_tokens {flags.max_new_tokens}"
         )
+    if flags.prefill_chunk is not None and (flags.save_attentions or flags.save_prompt_attentions):
+        raise InputError("--prefill_chunk contradicts --save_attentions: a step is then many calls")
     if flags.padding == "max_length" and flags.no_truncation:
         raise InputError("--padding max_length contradicts --no_truncation")
     if flags.model_parallelize and flags.device is not None:

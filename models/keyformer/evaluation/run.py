@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from keyformer.config import InputError
+from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import TASKS, Item, Task, load_items, make_prompt, sample
 from keyformer.evaluation.generation import Generated, generate
@@ -113,9 +113,10 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load(flags)
     tokenizer.padding_side = flags.padding_side
 
-    longest = prompt_room(model, flags.max_new_tokens, flags.max_tokenizer_length)
+    room = prompt_room(model, flags.max_new_tokens, config)
+    longest = flags.max_tokenizer_length if room is None else min(flags.max_tokenizer_length, room)
     if flags.no_truncation:
-        check_lengths(items, task, tokenizer, prompt_room(model, flags.max_new_tokens))
+        check_lengths(items, task, tokenizer, room)
         longest = None
     set_seed(flags.seed)
     generated = generate(
@@ -156,14 +157,14 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def prompt_room(
-    model: PreTrainedModel, max_new_tokens: int, longest: int | None = None
+    model: PreTrainedModel, max_new_tokens: int, config: KeyformerConfig | None = None
 ) -> int | None:
-    """The longest prompt in tokens, so that what is generated has positions too.
+    """The longest prompt in tokens, so that what is generated has positions too; None is any.
 
     Parameters
     ----------
-    longest
-        A limit of the user's; None sets none.
+    config
+        The method: with new positions and prompts in chunks, only the cache has to fit.
 
     Raises
     ------
@@ -171,14 +172,15 @@ def prompt_room(
         If the model's table of positions has no room for a prompt.
     """
     table = model.base_model.position_table
-    if table is None:
-        return longest
+    chunks_move = config and config.positions == "new" and config.prefill_chunk
+    if table is None or chunks_move:
+        return None
     room = table - max_new_tokens + 1  # the last generated token is not fed back
     if room < 1:
         raise InputError(
             f"max_new_tokens must be at most the model's {table} positions, got {max_new_tokens}"
         )
-    return room if longest is None else min(longest, room)
+    return room
 
 
 def check_lengths(
