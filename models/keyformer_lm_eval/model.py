@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from keyformer.cache import KeyformerCache
 from keyformer.config import UNLIMITED, InputError, KeyformerConfig
 from keyformer.integration import load_model
+
+LOGGER = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Tokens = tuple[int, ...]
@@ -126,6 +129,9 @@ class KeyformerLM(HFLM):
                     f" max_length {self.max_length}"
                 )
             asked.setdefault(text[:start], {}).setdefault(text[start:], []).append(index)
+        cut = sum(len(context + end) > self.max_length + 1 for _, context, end in requests)
+        if cut:
+            LOGGER.warning("%d requests lose their beginning: max_length %d", cut, self.max_length)
         results: list[Score] = [(0.0, False)] * len(requests)
         rows = override_bs or self._rows()
         with tqdm(total=len(requests), desc="Keyformer", disable=disable_tqdm) as bar:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from keyformer.config import METHODS, POSITIONS, InputError, KeyformerConfig
 from keyformer.evaluation.data import TASKS
+from keyformer.integration import check_device
 
 MODELS = Path(__file__).parents[2]
 """The folder models/, where the bundled checkpoints are."""
@@ -144,6 +145,33 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_model_flags(flags: argparse.Namespace) -> None:
+    """Refuse what no model here can be.
+
+    Raises
+    ------
+    InputError
+        If flags of the model contradict each other or ask for an encoder-decoder model.
+    """
+    if not flags.causal_lm:
+        raise InputError("--no-causal_lm: encoder-decoder models are not supported")
+    if flags.model_parallelize and flags.device is not None:
+        raise InputError("--device contradicts --model_parallelize, which takes every GPU")
+
+
+def model_dtype(flags: argparse.Namespace) -> str:
+    """The dtype to load with: auto is float32 on a CPU.
+
+    Raises
+    ------
+    InputError
+        If there is no such device.
+    """
+    if flags.dtype != "auto" or flags.model_parallelize:
+        return flags.dtype
+    return "float32" if check_device(flags.device).type == "cpu" else "auto"
+
+
 def model_path(flags: argparse.Namespace) -> str:
     """What the flags say to load."""
     if flags.model_path:
@@ -262,8 +290,7 @@ def check_task_flags(flags: argparse.Namespace) -> None:
         value = getattr(flags, name)
         if value is not None and not 0 < value <= most:
             raise InputError(f"--{name} must be in (0, {most}], got {value}")
-    if not flags.causal_lm:
-        raise InputError("--no-causal_lm: encoder-decoder models are not supported")
+    check_model_flags(flags)
     if not flags.do_sample:
         for name in ("temperature", "top_k", "top_p"):
             if getattr(flags, name) is not None:
@@ -282,8 +309,6 @@ def check_task_flags(flags: argparse.Namespace) -> None:
         raise InputError("--prefill_chunk contradicts --save_attentions: a step is then many calls")
     if flags.padding == "max_length" and flags.no_truncation:
         raise InputError("--padding max_length contradicts --no_truncation")
-    if flags.model_parallelize and flags.device is not None:
-        raise InputError("--device contradicts --model_parallelize, which takes every GPU")
 
 
 def generate_options(flags: argparse.Namespace) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from keyformer.evaluation.results import (
     write_text,
 )
 from keyformer.evaluation.rouge import mean, rouge
-from keyformer.integration import check_device, load_model
+from keyformer.integration import load_model
 
 
 def task_parser(description: str | None, task: str, here: Path, texts: str) -> flag.Parser:
@@ -70,18 +70,12 @@ def load(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
     InputError
         As :func:`keyformer.load_model` does.
     """
-    where: dict[str, Any] = {"device_map": "auto"}
-    dtype = flags.dtype
-    if not flags.model_parallelize:
-        device = check_device(flags.device)
-        where = {"device": device}
-        if dtype == "auto" and device.type == "cpu":
-            dtype = "float32"
     return load_model(
         flag.model_path(flags),
-        dtype=dtype,
+        dtype=flag.model_dtype(flags),
+        device=flags.device,
+        device_map="auto" if flags.model_parallelize else None,
         use_fast_tokenizer=not flags.use_slow_tokenizer,
-        **where,
     )
 
 

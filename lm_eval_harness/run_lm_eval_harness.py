@@ -1,0 +1,144 @@
+"""Few-shot evaluation: lm-eval's tasks and the bundled ones under one method."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.utils import make_table
+
+from keyformer.config import InputError
+from keyformer.evaluation import flags as flag
+from keyformer.evaluation.results import (
+    check_writable,
+    peak_memory_bytes,
+    run_record,
+    write_json,
+)
+from keyformer.integration import PACKAGES
+from keyformer_lm_eval.harness import evaluate, find_tasks
+from keyformer_lm_eval.model import KeyformerLM
+
+OUT = Path(__file__).parent / "out"
+TYPES = {package.removesuffix("_keyformer"): name for name, package in PACKAGES.items()}
+"""model_type of config.json by the names of the patched models."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate, print lm-eval's table, write its results and the run's record."""
+    flags = parse(argv)
+    method, config = flag.method_config(flags)
+    settings = {**asdict(config), "seed": flags.seed}
+    check_writable(flags.out, folder=True)
+    manager = find_tasks(flags.tasks)
+    lm = load(flags, method, settings)
+    tracker = EvaluationTracker(output_path=str(flags.out))
+    results = evaluate(
+        lm,
+        flags.tasks,
+        manager,
+        flags.num_fewshot,
+        limit=flags.limit,
+        model_args={"pretrained": flags.model_name, "method": method, **settings},
+        batch_size=flags.bs,
+        device=str(lm.device),
+        evaluation_tracker=tracker,
+        fewshot_random_seed=flags.seed,
+    )
+    samples = results.pop("samples")
+    record = {
+        "model": flags.model_name,
+        "method": method,
+        "config": settings,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        **{name: getattr(flags, name) for name in ("tasks", "num_fewshot", "limit", "bs", "seed")},
+        **run_record(lm.device),
+        "lm_eval": version("lm_eval"),
+        "peak_memory_bytes": peak_memory_bytes(lm.device),
+        "results": results["results"],
+    }
+    print(make_table(results))
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task, of_task in samples.items():
+        tracker.save_results_samples(task_name=task, samples=of_task)
+    write_json(flags.out / "record.json", record)
+    print(f"results, samples and record in {flags.out}")
+
+
+def load(flags: argparse.Namespace, method: str, settings: dict[str, Any]) -> KeyformerLM:
+    """The model that the flags ask for.
+
+    Raises
+    ------
+    InputError
+        If it cannot be loaded, or is not of --model_type.
+    """
+    lm = KeyformerLM(
+        flag.model_path(flags),
+        method,
+        dtype=flag.model_dtype(flags),
+        device=flags.device,
+        use_fast_tokenizer=not flags.use_slow_tokenizer,
+        parallelize=flags.model_parallelize,
+        batch_size=flags.bs,
+        max_length=flags.max_length,
+        **settings,
+    )
+    found = lm.model.config.model_type
+    if flags.model_type and found != TYPES[flags.model_type]:
+        raise InputError(
+            f"--model_type {flags.model_type} contradicts the checkpoint, which is a {found}"
+        )
+    return lm
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, checked.
+
+    Raises
+    ------
+    InputError
+        If a number is out of range.
+    """
+    parser = flag.Parser(description=__doc__)
+    flag.model_flags(parser)
+    parser.add_argument(
+        "--model_type",
+        choices=TYPES,
+        help="what the checkpoint has to be (default: whatever it is)",
+    )
+    flag.method_flags(parser)
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--tasks", nargs="+", default=["tiny"], help="of lm-eval or bundled (default: %(default)s)"
+    )
+    group.add_argument("--num_fewshot", type=int, default=0, help="examples in each prompt")
+    group.add_argument("--limit", type=int, help="documents of each task (default: all)")
+    group.add_argument("--bs", type=int, default=16, help="batch size (default: %(default)s)")
+    group.add_argument(
+        "--max_length", type=int, help="longest prompt and continuation (default: lm-eval's hf's)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of examples and noise (default: 0)")
+    group.add_argument("--out", type=Path, default=OUT, help="folder of what is written")
+    flags = parser.parse_args(argv)
+    flag.check_model_flags(flags)
+    for name, least in (
+        ("num_fewshot", 0),
+        ("limit", 1),
+        ("bs", 1),
+        ("max_length", 2),
+        ("seed", 0),
+    ):
+        value = getattr(flags, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} must be at least {least}, got {value}")
+    return flags
+
+
+if __name__ == "__main__":
+    flag.run_main(main)
