@@ -15,6 +15,8 @@ test: $(VENV)/test.done
 	$(BIN)/mypy summarization
 	$(BIN)/mypy conversation
 	$(BIN)/mypy paper
+	$(BIN)/mypy lm_eval_harness
+	$(BIN)/mypy benchmarks
 	$(BIN)/python -m pytest
 
 clean:

@@ -3,6 +3,7 @@
 #   paper/all.sh --bs 200 --jobs 20        on GPUs; --jobs processes share them
 #   paper/all.sh --quick                   a minute on a CPU, only to see all of it work
 # Flags are passed to each script. What was measured before a stop is not measured again.
+# table2.py, which needs lm-eval, runs by itself.
 set -euo pipefail
 "${PYTHON:-python}" "$(dirname "$0")/together.py" "$@" <<'COMMANDS'
 fig8.py

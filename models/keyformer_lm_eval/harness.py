@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,32 @@ TASKS = Path(__file__).parents[2] / "lm_eval_harness" / "tasks"
 
 
 def find_tasks(names: Sequence[str]) -> TaskManager:
-    """lm-eval's tasks and the bundled ones.
+    """The bundled tasks and, where they are asked for, lm-eval's own.
 
     Raises
     ------
     InputError
         If one of the names is neither a task nor a group of tasks.
     """
-    # What it warns of is how it is meant to be called, which is seen to here.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=str(TASKS))
-    bundled = ", ".join(sorted(file.stem for file in TASKS.glob("*.yaml")))
+    bundled = _known(False)
+    if all(bundled.match_tasks([name]) for name in names):
+        return bundled
+    manager = _known(True)
     for name in names:
         if not manager.match_tasks([name]):
-            raise InputError(f"lm-eval has no task {name!r}; those that come along are {bundled}")
+            raise InputError(
+                f"lm-eval has no task {name!r}; beside its own there are"
+                f" {', '.join(bundled.all_tasks)}"
+            )
     return manager
+
+
+@cache
+def _known(its_own: bool) -> TaskManager:
+    """The bundled tasks, and lm-eval's own, which take seconds to read."""
+    # What it warns of is how it is meant to be called, which is seen to here.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_path=str(TASKS), include_defaults=its_own)
 
 
 def evaluate(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import UNLIMITED, InputError, KeyformerConfig
-from keyformer.integration import load_model
+from keyformer.integration import enable_keyformer, load_model
 
 LOGGER = logging.getLogger(__name__)
 
@@ -108,7 +108,15 @@ class KeyformerLM(HFLM):
             prefix_token_id=prefix_token_id,
         )
         self.pretrained = pretrained
-        self.keyformer_config = config
+
+    @property
+    def keyformer_config(self) -> KeyformerConfig:
+        """The method; another one can be set."""
+        return self.model.base_model.keyformer_config
+
+    @keyformer_config.setter
+    def keyformer_config(self, config: KeyformerConfig) -> None:
+        enable_keyformer(self.model, config)
 
     @torch.no_grad()
     def _loglikelihood_tokens(

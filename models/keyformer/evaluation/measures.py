@@ -66,7 +66,7 @@ class OnItems(ABC):
         """All that the result depends on beside the configuration."""
         content = hashlib.sha256(json.dumps(self.items, sort_keys=True).encode()).hexdigest()
         setting = {name: getattr(self, name) for name in self.depends_on}
-        model = {"model": self.path, "weights": _fingerprint(self.path)}
+        model = {"model": self.path, "weights": fingerprint(self.path)}
         return {"measure": type(self).__name__, **model, "items": content[:16], **setting}
 
     calls: ClassVar[Any]
@@ -318,7 +318,7 @@ def _load(
 
 
 @lru_cache
-def _fingerprint(path: str) -> str:
+def fingerprint(path: str) -> str:
     """Tells a checkpoint from another one in the same folder: names, sizes and beginnings."""
     digest = hashlib.sha256()
     folder = Path(path)

@@ -28,6 +28,7 @@ from keyformer.evaluation.results import (
 from keyformer.evaluation.sweep import (
     Cell,
     Labels,
+    Measure,
     Request,
     Row,
     Run,
@@ -68,6 +69,8 @@ class Study:
         The command line; None takes the process's own.
     items
         Gives a task's documents where there is no --dataset_path; None has the bundled ones.
+    generates
+        Whether texts are generated for documents; without, there are no flags for either.
 
     Raises
     ------
@@ -82,23 +85,18 @@ class Study:
         argv: Sequence[str] | None,
         *,
         items: Callable[[str], list[Item]] | None = None,
+        generates: bool = True,
         more_flags: Callable[[flag.Parser], object] = lambda parser: None,
     ) -> None:
         self.name = name
         self.argv = sys.argv[1:] if argv is None else argv
         parser = flag.Parser(prog=f"{name}.py", description=description)
         parser.add_argument("--model_path", nargs="+", help="default: the bundled models")
-        parser.add_argument("--task", nargs="+", choices=TASKS, default=["summarization"])
-        parser.add_argument(
-            "--dataset_path", nargs="+", type=Path, help="one a task (default: the bundled ones)"
-        )
         parser.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
         parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the noise")
         parser.add_argument("--device", help="default: every GPU, or the CPU if there is none")
         parser.add_argument("--dtype", default="float32")
         parser.add_argument("--bs", type=int, default=8, help="batch size")
-        parser.add_argument("--beam", type=int, default=1, help="beams; the paper's runs use 4")
-        parser.add_argument("--max_new_tokens", type=int, help="default: the task's")
         parser.add_argument(
             "--jobs", type=int, default=1, help="processes, in turn on each GPU (default: 1)"
         )
@@ -108,34 +106,43 @@ class Study:
             action="store_true",
             help="one model, one seed, the beginnings of two documents: only to see it work",
         )
+        if generates:
+            _generation_flags(parser)
         more_flags(parser)
         flags = parser.parse_args(self.argv)
         for option in ("bs", "beam", "max_new_tokens", "jobs"):
-            value = getattr(flags, option)
+            value = getattr(flags, option, None)
             if value is not None and value < 1:
                 raise InputError(f"--{option} must be at least 1, got {value}")
-        if flags.dataset_path and len(flags.dataset_path) != len(flags.task):
-            raise InputError(
-                f"--dataset_path must name one file for each --task, got"
-                f" {len(flags.dataset_path)} for {len(flags.task)}"
-            )
         bundled = [str(ROOT / "models" / model) for model in MODELS]
         if flags.quick:
             bundled, flags.seeds = bundled[:1], flags.seeds[:1]
             flags.n_obs = flags.n_obs or QUICK["n_obs"]
-            flags.max_new_tokens = flags.max_new_tokens or QUICK["max_new_tokens"]
+            if generates:
+                flags.max_new_tokens = flags.max_new_tokens or QUICK["max_new_tokens"]
         flags.model_path = flags.model_path or bundled
         flags.out = flags.out or ROOT / "paper" / "results" / ("quick" if flags.quick else "")
         self.flags = flags
         check_writable(self._file("json"))
-        given = dict(zip(flags.task, flags.dataset_path or (), strict=False))
-        self.items: dict[str, list[Item]] = {}
-        for task in flags.task:
+        self.items = self._load(items) if generates else {}
+
+    def _load(self, items: Callable[[str], list[Item]] | None) -> dict[str, list[Item]]:
+        """By task its documents."""
+        paths, tasks = self.flags.dataset_path or (), self.flags.task
+        if paths and len(paths) != len(tasks):
+            raise InputError(
+                f"--dataset_path must name one file for each --task, got"
+                f" {len(paths)} for {len(tasks)}"
+            )
+        given = dict(zip(tasks, paths, strict=False))
+        found: dict[str, list[Item]] = {}
+        for task in tasks:
             if items is not None and not given:
-                found = items(task)
+                of_task = items(task)
             else:
-                found = load_items(given.get(task, BUNDLED[task]), TASKS[task])
-            self.items[task] = self.sample(task, found)
+                of_task = load_items(given.get(task, BUNDLED[task]), TASKS[task])
+            found[task] = self.sample(task, of_task)
+        return found
 
     def sample(self, task: str, items: list[Item]) -> list[Item]:
         """As many of a task's documents as --n_obs and --quick say."""
@@ -188,10 +195,22 @@ class Study:
         seeds
             By default those of the flags.
         """
-        runs = {
-            panel: [(cell, self.runs(cell.config, measure, seeds)) for cell in cells]
-            for cells in [list(cells)]
+        cells = list(cells)
+        asked = {
+            panel: [(cell, measure) for cell in cells]
             for panel, measure in (measures or self.measures()).items()
+        }
+        return (yield from self.collect(asked, seeds))
+
+    def collect(
+        self,
+        asked: Mapping[Panel, Sequence[tuple[Cell, Measure]]],
+        seeds: Sequence[int] | None = None,
+    ) -> Generator[Request, Store, Results]:
+        """In each panel cells that are measured each by a measure of its own."""
+        runs = {
+            panel: [(cell, self.runs(cell.config, measure, seeds)) for cell, measure in pairs]
+            for panel, pairs in asked.items()
         }
         store = yield self.request(
             run for of_panel in runs.values() for _, of_cell in of_panel for run in of_cell
@@ -202,7 +221,7 @@ class Study:
         }
 
     def runs(
-        self, config: KeyformerConfig, measure: OnItems, seeds: Sequence[int] | None = None
+        self, config: KeyformerConfig, measure: Measure, seeds: Sequence[int] | None = None
     ) -> list[Run]:
         """One for each seed if the configuration draws noise, else one with the first."""
         seeds = seeds or self.flags.seeds
@@ -240,12 +259,13 @@ class Study:
         writer.writeheader()
         writer.writerows(table)
         write_text(self._file("csv", part), text.getvalue())
-        settings: dict[str, Any] = {"items": {task: len(of) for task, of in self.items.items()}}
-        for option in ("beam", "bs", "dtype", "seeds"):
-            settings[option] = getattr(self.flags, option)
-        settings["max_new_tokens"] = {
-            task: self.flags.max_new_tokens or TASKS[task].max_new_tokens for task in self.items
-        }
+        settings = {name: getattr(self.flags, name) for name in ("bs", "dtype", "seeds")}
+        if self.items:
+            settings["items"] = {task: len(of) for task, of in self.items.items()}
+            settings["beam"] = self.flags.beam
+            settings["max_new_tokens"] = {
+                task: self.flags.max_new_tokens or TASKS[task].max_new_tokens for task in self.items
+            }
         record = run_record(check_device(self.flags.device))
         record["command"] = shlex.join(["python", f"paper/{self.name}.py", *self.argv])
         write_json(self._file("json", part), {**record, **settings, "rows": records})
@@ -260,6 +280,16 @@ class Study:
 
     def _file(self, kind: str, part: str = "") -> Path:
         return self.flags.out / f"{self.name}{part}.{kind}"
+
+
+def _generation_flags(parser: flag.Parser) -> None:
+    """Flags of documents and of what is generated for them."""
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=["summarization"])
+    parser.add_argument(
+        "--dataset_path", nargs="+", type=Path, help="one a task (default: the bundled ones)"
+    )
+    parser.add_argument("--beam", type=int, default=1, help="beams; the paper's runs use 4")
+    parser.add_argument("--max_new_tokens", type=int, help="default: the task's")
 
 
 def run_study(main: Callable[[Sequence[str] | None], Steps]) -> None:

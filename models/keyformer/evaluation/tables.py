@@ -13,10 +13,11 @@ NAMES = {
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
     "bits": "bits per token",
+    "accuracy": "accuracy, %",
     "sparsity": "sparsity, %",
     "mass": "attention, %",
 }
-COMPARED = ("rouge2", "bits")
+COMPARED = ("rouge2", "bits", "accuracy")
 """The metrics by which methods are compared; of a row, the one that it has."""
 
 Published = dict[str, dict[tuple[Any, ...], tuple[float, ...]]]

@@ -1,0 +1,121 @@
+"""Table 2: few-shot accuracy with half of the cache, at 0 and 5 shots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from keyformer.config import KeyformerConfig
+from keyformer.evaluation.pictures import COLORS, legend_of, panels
+from keyformer.evaluation.study import Results, Study, run_study
+from keyformer.evaluation.sweep import Cell, Steps
+from keyformer.evaluation.tables import labelled, print_differences, print_tables
+from keyformer_lm_eval.harness import find_tasks
+from keyformer_lm_eval.measure import Accuracy
+
+METHODS = ("full", "h2o", "keyformer")
+TASKS = ("copa", "openbookqa", "winogrande", "piqa")
+PAPER = {
+    "cerebras": {
+        "copa": ((73.0, 68.0, 70.0), (73.0, 74.0, 74.0)),
+        "openbookqa": ((34.8, 32.2, 32.6), (36.8, 38.0, 38.6)),
+        "winogrande": ((60.2, 56.7, 57.9), (58.4, 59.5, 59.7)),
+        "piqa": ((74.2, 72.9, 73.0), (74.4, 73.9, 73.6)),
+    },
+    "mpt": {
+        "copa": ((80.0, 75.0, 76.0), (83.0, 82.0, 84.0)),
+        "openbookqa": ((41.8, 37.6, 40.6), (43.4, 44.0, 43.2)),
+        "winogrande": ((68.7, 63.2, 64.1), (71.8, 72.1, 72.3)),
+        "piqa": ((79.9, 79.4, 79.2), (80.7, 79.8, 80.1)),
+    },
+}
+"""Of Cerebras-GPT-6.7B and MPT-7B: accuracy at 0 and at 5 shots under each of METHODS."""
+SHOTS = (0, 5)
+
+
+def main(argv: Sequence[str] | None = None) -> Steps:
+    """Measure, print, write."""
+    bundled = [f"tiny_{task}" for task in TASKS]
+    study = Study(
+        "table2",
+        __doc__,
+        argv,
+        generates=False,
+        more_flags=lambda parser: parser.add_argument(
+            "--tasks",
+            nargs="+",
+            default=bundled,
+            help="of lm-eval, such as the paper's copa, openbookqa, winogrande and piqa, or bundled"
+            " (default: %(default)s)",
+        ),
+    )
+    flags = study.flags
+    find_tasks(flags.tasks)
+    results = yield from study.collect(
+        {
+            (Path(path).name, task): [
+                (
+                    Cell(
+                        {
+                            "shots": shots,
+                            "method": method,
+                            "paper": paper(path, task)[shots, method],
+                        },
+                        KeyformerConfig.preset(method, kv_cache=50),
+                    ),
+                    Accuracy(path, flags.dtype, task, shots, flags.n_obs, flags.bs),
+                )
+                for shots in SHOTS
+                for method in METHODS
+            ]
+            for path in flags.model_path
+            for task in flags.tasks
+        }
+    )
+    print(
+        "The paper's accuracies are those of MPT-7B and Cerebras-GPT-6.7B on the tasks of the name."
+    )
+    print_tables(results)
+    for shots in SHOTS:
+        print_differences(
+            results,
+            f"Is Keyformer better than H2O at {shots} shots?",
+            labelled(shots=shots, method="keyformer"),
+            labelled(shots=shots, method="h2o"),
+            "accuracy",
+        )
+    study.write(results, bars(results))
+
+
+def paper(path: str, task: str) -> dict[tuple[int, str], float | str]:
+    """By shots and method what the paper has for this model's architecture, else nothing."""
+    of_model = PAPER.get(Path(path).name.split("-")[0], {})
+    known = of_model.get(task.removeprefix("tiny_"))
+    return {
+        (shots, method): known[i][j] if known else ""
+        for i, shots in enumerate(SHOTS)
+        for j, method in enumerate(METHODS)
+    }
+
+
+def bars(results: Results) -> Figure:
+    """Accuracy with its interval, a group of bars for each number of shots."""
+    figure, axes = panels(results, "Few-shot accuracy, 50 % of the cache", "accuracy, %")
+    for ax, rows in zip(axes, results.values(), strict=True):
+        for j, method in enumerate(METHODS):
+            found = [row.values["accuracy"] for row in rows if row.labels["method"] == method]
+            mean, low, high = zip(*found, strict=True)
+            at = [i + 0.27 * (j - 1) for i in range(len(SHOTS))]
+            ax.bar(at, mean, width=0.25, color=COLORS[method], alpha=0.85, label=method)
+            ax.vlines(at, low, high, color="black", linewidth=1.2)
+        ax.set_xticks(range(len(SHOTS)), [f"{shots} shots" for shots in SHOTS])
+        ax.grid(False, axis="x")
+        ax.set_ylim(0, 100)
+    legend_of(figure, axes[0])
+    return figure
+
+
+if __name__ == "__main__":
+    run_study(main)

@@ -1,0 +1,226 @@
+"""lm_eval_harness/ and table 2: prompts, flags, files, and the released order of arguments."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import script
+from lm_eval.api.model import LM
+from originals import write_original
+
+from keyformer import InputError, KeyformerConfig
+from keyformer.evaluation.flags import run_main
+from keyformer.evaluation.sweep import carry_out
+from keyformer_lm_eval.harness import evaluate, find_tasks
+from keyformer_lm_eval.measure import Accuracy
+from tiny.corpus import SHAPES, options
+
+ROOT = Path(__file__).parents[1]
+HARNESS = ROOT / "lm_eval_harness"
+harness = script("lm_eval_harness", "run_lm_eval_harness")
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("harness") / "mpt-7b-keyformer"
+    return str(write_original(folder, "mpt", "safetensors"))
+
+
+class Asked(LM):
+    """A model that likes the longest continuation, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[tuple[str, str]] = []
+
+    def loglikelihood(self, requests):
+        self.requests += [request.args for request in requests]
+        return [(float(len(request.args[1])), False) for request in requests]
+
+    def loglikelihood_rolling(self, requests):
+        raise AssertionError
+
+    generate_until = loglikelihood_rolling
+
+
+def documents(name: str) -> list[dict]:
+    return [json.loads(line) for line in (HARNESS / "data" / f"{name}.jsonl").open()]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompts_are_those_the_models_were_trained_on(shape: str) -> None:
+    """Every question's prompts and continuations; with shots, others before them are solved."""
+    task, asked = f"tiny_{shape}", Asked()
+    results = evaluate(asked, [task], find_tasks([task]), 0, bootstrap_iters=0)
+    expected = [options(shape, document) for document in documents(shape)]
+    pairs = [(prompt, f" {end}") for choices, _ in expected for prompt, end in choices]
+    assert asked.requests == pairs
+    right = [
+        max(range(len(choices)), key=lambda i: len(choices[i][1])) == gold
+        for choices, gold in expected
+    ]
+    assert results["results"][task]["acc,none"] == pytest.approx(sum(right) / len(right))
+
+    asked.requests.clear()
+    evaluate(asked, [task], find_tasks([task]), 5, bootstrap_iters=0, limit=3)
+    solved = {
+        " ".join(choices[gold])
+        for choices, gold in (options(shape, one) for one in documents(f"{shape}_train"))
+    }
+    for (prompt, end), (alone, its_end) in zip(asked.requests, pairs, strict=False):
+        *examples, last = prompt.split("\n\n")
+        assert (last, end) == (alone, its_end)
+        assert len(set(examples)) == 5 and solved.issuperset(examples)
+
+
+def run(model_path: str, out: Path, *flags: str) -> dict:
+    """The script on the CPU, with few documents; its record."""
+    argv = ["--model_path", model_path, "--device", "cpu", "--limit", "2", "--out", str(out)]
+    harness.main([*argv, *flags])
+    return json.loads((out / "record.json").read_text())
+
+
+def test_files_of_a_run(model_path, tmp_path, capsys) -> None:
+    """lm-eval's results and samples of each task, and how they came about."""
+    flags = ["--tasks", "tiny_copa", "tiny_wino*", "--keyformer", "--kv_cache", "40"]
+    record = run(model_path, tmp_path, *flags, "--bs", "3", "--seed", "5")
+    assert record["method"] == "keyformer" and record["config"]["kv_cache"] == 40
+    assert record["config"]["seed"] == 5 and record["dtype"] == "float32"
+    assert {"commit", "versions", "device", "command", "lm_eval", "peak_memory_bytes"} <= set(
+        record
+    )
+    assert set(record["results"]) == {"tiny_copa", "tiny_winogrande"}
+    (results,) = tmp_path.glob("*/results_*.json")
+    saved = json.loads(results.read_text())
+    assert saved["results"]["tiny_copa"]["acc,none"] in (0, 0.5, 1)
+    assert saved["config"]["model_args"]["kv_cache"] == 40
+    samples = [path.read_text().splitlines() for path in tmp_path.glob("*/samples_tiny_*.jsonl")]
+    assert [len(lines) for lines in samples] == [2, 2]
+    assert "tiny_winogrande" in capsys.readouterr().out
+
+
+def test_chunks_and_method_are_the_models(model_path, tmp_path) -> None:
+    """Full attention gives the same likelihoods in chunks; an evicting method gives others."""
+    found = []
+    for flags in ([], ["--prefill_chunk", "50"], ["--attention", "h2o", "--kv_cache", "20"]):
+        out = tmp_path / str(len(found))
+        run(model_path, out, "--tasks", "tiny_copa", *flags)
+        (samples,) = out.glob("*/samples_*.jsonl")
+        lines = map(json.loads, samples.read_text().splitlines())
+        found.append([float(answer[0]) for line in lines for answer in line["filtered_resps"]])
+    assert found[1] == pytest.approx(found[0], abs=1e-3)
+    assert found[2] != pytest.approx(found[0], abs=1e-3)
+
+
+BAD = [
+    (["--tasks", "tiny_copa", "copper"], "'copper'"),
+    (["--num_fewshot", "-1"], "--num_fewshot must be at least 0, got -1"),
+    (["--limit", "0"], "--limit"),
+    (["--bs", "0"], "--bs"),
+    (["--max_length", "1"], "--max_length"),
+    (["--prefill_chunk", "0"], "prefill_chunk"),
+    (["--kv_cache", "0"], "kv_cache"),
+    (["--attention", "snapkv"], "snapkv"),
+    (["--model_type", "llama"], "llama"),
+    (["--model_type", "gptj"], "--model_type gptj contradicts the checkpoint, which is a mpt"),
+    (["--model_path", "nowhere/model"], "nowhere/model"),
+    (["--model_parallelize"], "--device"),
+    (["--no-causal_lm"], "encoder-decoder"),
+    (["--dtype", "float8"], "float8"),
+    (["--out", "{file}/out"], "file"),
+]
+
+
+@pytest.mark.parametrize(("flags", "says"), BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    flags, says, model_path, tmp_path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    argv = ["--model_path", model_path, "--device", "cpu", "--out", str(tmp_path / "out")]
+    argv += ["--tasks", "tiny_copa", *(part.format(file=tmp_path / "file") for part in flags)]
+    monkeypatch.setattr(sys, "argv", ["run_lm_eval_harness.py", *argv])
+    with pytest.raises(SystemExit) as stopped:
+        run_main(lambda _: harness.main(argv))
+    printed = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in printed if "Loading weights" not in line]  # its progress bar
+    assert stopped.value.code == 2
+    assert len(lines) == 1 and says in lines[0]
+    assert not list(tmp_path.glob("out/*")) and (tmp_path / "file").read_text() == "kept"
+
+
+def test_data_that_cannot_be_had_are_one_line(model_path, tmp_path) -> None:
+    """The paper's tasks are on the hub, which the tests do not reach."""
+    with pytest.raises(InputError, match="cannot read the data of piqa: "):
+        run(model_path, tmp_path, "--tasks", "piqa")
+    assert not list(tmp_path.glob("*"))
+
+
+def shell(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(HARNESS / name), *arguments]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_run_sh_takes_the_released_order_of_arguments() -> None:
+    nine = ["copa", "5", "gpt-j", "models/gptj", "gptj", "float16", "0", "60", "20"]
+    line = shell("run.sh", *nine, "--limit", "3", PYTHON="echo", OUT_DIR="out").stdout
+    flags = line.split()[1:]
+    assert flags == [
+        *("--tasks", "copa", "--num_fewshot", "5", "--model_name", "gpt-j"),
+        *("--model_path", "models/gptj", "--model_type", "gptj", "--dtype", "float16"),
+        *("--attention", "full", "--kv_cache", "60", "--recent", "20"),
+        *("--out", "out/gpt-j/copa-5/full", "--limit", "3"),
+    ]
+    assert "--attention keyformer" in shell("run.sh", *nine[:6], "1", PYTHON="echo").stdout
+    wrong = shell("run.sh", *nine[:6], "yes")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "'yes'" in wrong.stderr
+    lines = shell("experiments.sh", PYTHON="echo").stdout.splitlines()
+    assert len(set(lines)) == len(lines) == 16
+    assert all("--kv_cache 50 --recent 30" in line for line in lines)
+
+
+def test_run_sh_without_network(tmp_path) -> None:
+    """Its defaults, on two questions."""
+    defaults = shell("run.sh", PYTHON="echo").stdout.split()[1:]
+    python = [sys.executable, str(HARNESS / "run_lm_eval_harness.py"), *defaults]
+    command = [*python, "--out", str(tmp_path), "--limit", "2", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["tasks"] == ["tiny_copa"] and record["method"] == "keyformer"
+    assert record["model"] == "mpt-tiny-keyformer" and record["config"]["kv_cache"] == 50
+
+
+def test_table_2(model_path, tmp_path, capsys, monkeypatch) -> None:
+    """Each task, shots and method, the paper's numbers beside; nothing is measured twice."""
+    table2 = script("paper", "table2")
+    flags = ["--model_path", model_path, "--tasks", "tiny_copa", "--n_obs", "1"]
+    flags += ["--seeds", "0", "1", "--device", "cpu", "--out", str(tmp_path)]
+    carry_out([table2.main(flags)])
+    capsys.readouterr()
+    monkeypatch.setattr(Accuracy, "__call__", lambda *_: pytest.fail("measured again"))
+    carry_out([table2.main(flags)])
+    printed = capsys.readouterr().out
+    with (tmp_path / "table2.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["paper"] for row in rows] == ["80.0", "75.0", "76.0", "83.0", "82.0", "84.0"]
+    assert {row["accuracy"] for row in rows} <= {"0.0", "50.0", "100.0"}
+    assert [row["seeds"] for row in rows[:3]] == ["1", "1", "2"]
+    assert "Is Keyformer better than H2O at 5 shots?" in printed
+    record = json.loads((tmp_path / "table2.json").read_text())
+    assert record["command"].startswith("python paper/table2.py --model_path")
+    assert record["rows"][2]["config"]["kv_cache"] == 50
+    assert (tmp_path / "table2.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_accuracy_is_of_multiple_choice_tasks(model_path) -> None:
+    measure = Accuracy(model_path, "float32", "tiny", shots=0, limit=1, bs=1)
+    with pytest.raises(InputError, match="'tiny' is not one of multiple choice"):
+        measure(KeyformerConfig.preset("full"), torch.device("cpu"))
