@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import LargestTensor
 from transformers import DynamicCache, set_seed
 
 import keyformer.attention
@@ -128,6 +128,7 @@ def test_a_batch_gives_each_sequence_its_own_result(evicting, padded, method: st
         {"key_set": "frozen"},
         {"positions": "new"},
         {"forgetting": 0.9, "normalize": "mean"},
+        {"cache_dtype": "int8"},
     ],
 )
 def test_beams_keep_their_own_slots(evicting, padded, settings) -> None:
@@ -230,19 +231,10 @@ def test_budget_beyond_the_prompt_fills_up(evicting) -> None:
 
 
 def test_no_tensor_grows_with_the_square_of_the_prompt(evicting, monkeypatch) -> None:
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                self.elements = max(self.elements, out.numel())
-            return out
-
     monkeypatch.setitem(keyformer.attention.CHUNK_ELEMENTS, "cpu", 2**14)
     model = evicting(KeyformerConfig(kv_cache=50, seed=0))
     n = 1500
-    with torch.no_grad(), Largest() as largest:
+    with torch.no_grad(), LargestTensor() as largest:
         model(torch.randint(1, 61, (1, n)), attention_mask=torch.ones(1, n), logits_to_keep=1)
     assert largest.elements <= n * 4 * 32  # the feed-forward layer's activations
     assert largest.elements < n * n / 8

@@ -62,11 +62,6 @@ class CerebrasKeyformerAttention(GPT2Attention):
 class CerebrasKeyformerModel(KeyformerModelMixin, GPT2Model):
     """The layers of GPT-2 over a KeyformerCache."""
 
-    @property
-    def position_table(self) -> int:
-        """The number of learned position embeddings."""
-        return self.config.max_position_embeddings
-
 
 class CerebrasKeyformerForCausalLM(KeyformerGenerationMixin, GPT2LMHeadModel):
     """Cerebras-GPT for text generation whose cache evicts."""

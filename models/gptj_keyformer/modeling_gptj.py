@@ -88,6 +88,10 @@ class GPTJKeyformerAttention(GPTJAttention):
         return torch.cat([turned.flatten(-2), rest], dim=-1)
 
 
+class GPTJKeyformerFlashAttention(GPTJKeyformerAttention, GPTJFlashAttention2):
+    """The same where the model was loaded with flash attention."""
+
+
 class GPTJKeyformerModel(KeyformerModelMixin, GPTJModel):
     """The layers of GPT-J over a KeyformerCache."""
 
@@ -110,7 +114,7 @@ class GPTJKeyformerForCausalLM(KeyformerGenerationMixin, GPTJForCausalLM):
 
 PATCHES: Patches = {
     GPTJAttention: GPTJKeyformerAttention,
-    GPTJFlashAttention2: GPTJKeyformerAttention,
+    GPTJFlashAttention2: GPTJKeyformerFlashAttention,
     GPTJModel: GPTJKeyformerModel,
     GPTJForCausalLM: GPTJKeyformerForCausalLM,
 }

@@ -2,6 +2,13 @@
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.integration import enable_keyformer, load_model
+from keyformer.integration import disable_keyformer, enable_keyformer, load_model
 
-__all__ = ["InputError", "KeyformerCache", "KeyformerConfig", "enable_keyformer", "load_model"]
+__all__ = [
+    "InputError",
+    "KeyformerCache",
+    "KeyformerConfig",
+    "disable_keyformer",
+    "enable_keyformer",
+    "load_model",
+]

@@ -85,6 +85,8 @@ def attention(
     *,
     scale: float,
     alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
     scorer: Scorer | None = None,
     output_weights: bool = False,
 ) -> Attended:
@@ -105,6 +107,10 @@ def attention(
         Factor of the query-key products, 1 / sqrt(head_dim) in Eq. 4.
     alibi_slopes
         (heads,) float32: adds slope * (key place - query place) to the logits.
+    softcap
+        Bends the products into (-softcap, softcap): softcap * tanh(x / softcap).
+    window
+        A query sees this many places, its own the last; None: all.
     scorer
         Ranks the tokens; None where nothing is ranked.
     output_weights
@@ -118,28 +124,33 @@ def attention(
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.view(kv_heads, group, 1, 1)
     scores = query.new_zeros(batch, kv_heads, held + queries, dtype=torch.float32)
-    all_positions = torch.cat([slots.positions, new.positions], dim=-1)
-    all_places = torch.cat([slots.places, new.places], dim=-1)
     # Filled in place: small results kept between large temporaries would fragment the heap.
     output = torch.empty_like(query)
     weights = []
     last = new.positions[:, 0].amax(dim=-1)
     chunk_elements = CHUNK_ELEMENTS["cpu" if query.device.type == "cpu" else "gpu"]
-    chunk = max(1, chunk_elements // (batch * heads * (held + queries)))
+    reach = queries if window is None else min(queries, 2 * window)
+    chunk = max(1, chunk_elements // (batch * heads * (held + reach)))
     for start in range(0, queries, chunk):
         end = min(start + chunk, queries)
-        seen = new[:end]
+        # Among new tokens padding is before or after the real ones, never between them.
+        first = 0 if window is None else max(0, start + 1 - window)
+        seen = new[first:end]
         asker = query[:, :, :, start:end].flatten(2, 3)
         asked_from = new.places[:, 0, start:end]
-        places = all_places[..., : held + end]
+        places = torch.cat([slots.places, seen.places], dim=-1)
 
         # Two products instead of one over joined keys: joining would copy the whole cache.
         logits = torch.cat([asker @ t.keys.transpose(2, 3) for t in (slots, seen)], dim=-1)
-        logits = logits.view(batch, kv_heads, group, end - start, held + end).float()
+        logits = logits.view(batch, kv_heads, group, end - start, held + end - first).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         distance = places[:, :, None, None, :] - asked_from[:, None, None, :, None]
         if alibi_slopes is not None:
             logits = logits + alibi_slopes * distance
         hidden = (distance > 0) | (places < 0)[:, :, None, None, :]
+        if window is not None:
+            hidden |= distance <= -window
         logits = logits.masked_fill(hidden, HIDDEN)
 
         probability = torch.softmax(logits, dim=-1)
@@ -148,14 +159,18 @@ def attention(
         output[:, :, :, start:end] = mean.view(batch, kv_heads, group, end - start, head_dim)
         if scorer is not None:
             asked_at = new.positions[:, 0, start:end]
-            known = all_positions[..., : held + end]
-            scores[..., : held + end] += scorer(logits, asked_at, known, last)
+            known = torch.cat([slots.positions, seen.positions], dim=-1)
+            given = scorer(logits, asked_at, known, last)
+            scores[..., :held] += given[..., :held]
+            scores[..., held + first : held + end] += given[..., held:]
         if output_weights:
-            unseen = queries - end
-            weights.append(torch.nn.functional.pad(probability.flatten(1, 2), (0, unseen)))
+            every = probability.new_zeros(batch, heads, end - start, held + queries)
+            every[..., :held] = probability[..., :held].flatten(1, 2)
+            every[..., held + first : held + end] = probability[..., held:].flatten(1, 2)
+            weights.append(every)
     return Attended(
         output=output.flatten(1, 2),
-        positions=all_positions,
+        positions=torch.cat([slots.positions, new.positions], dim=-1),
         scores=scores if scorer is not None else None,
         weights=torch.cat(weights, dim=2) if output_weights else None,
     )

@@ -7,6 +7,7 @@ rule serves the prompt, every decode step and a second prompt on the same cache.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from keyformer.attention import Attended, Rotary, Tokens, attention
 from keyformer.config import KeyformerConfig
+from keyformer.precision import dequantize, quantize
 from keyformer.score import Scorer, temperature
 
 GROWTH = 64
@@ -27,10 +29,21 @@ Observer = Callable[[int, Tensor, Attended], None]
 class KeyformerLayer(CacheLayerMixin):
     """The slots of one layer.
 
+    Parameters
+    ----------
+    config
+        The method and its settings.
+    window
+        Tokens that the model lets a query of this layer see, itself included, so that no
+        other can be of use; None if it sees all.
+
     Attributes
     ----------
     keys, values
-        (batch, kv_heads, slots, head_dim), the model's dtype.
+        (batch, kv_heads, slots, head_dim), the model's dtype; or, quantized, the elements that
+        :func:`keyformer.precision.quantize` gives.
+    key_scales, value_scales
+        (batch, kv_heads, slots, groups) float16, their scales; no groups if not quantized.
     positions
         (batch, kv_heads, slots) int64, position in the text, -1 for an empty slot.
     scores
@@ -40,14 +53,16 @@ class KeyformerLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    _per_slot = ("keys", "key_scales", "values", "value_scales", "positions", "scores")
     _per_sequence = (
-        *("keys", "values", "positions", "scores"),
+        *_per_slot,
         *("_seen", "_budget", "_window", "_frozen_before"),
     )
 
-    def __init__(self, config: KeyformerConfig) -> None:
+    def __init__(self, config: KeyformerConfig, window: int | None = None) -> None:
         super().__init__()
         self.config = config
+        self.window = window
         self.reset()
 
     def reset(self) -> None:
@@ -63,8 +78,9 @@ class KeyformerLayer(CacheLayerMixin):
         """Take batch size, heads, dtype and device from the first keys; no slots yet."""
         batch, heads, _, _ = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(batch, heads, 0, key_states.shape[-1])
-        self.values = value_states.new_zeros(batch, heads, 0, value_states.shape[-1])
+        none = slice(0, 0)
+        self.keys, self.key_scales = self._quantized(key_states[:, :, none])
+        self.values, self.value_scales = self._quantized(value_states[:, :, none])
         self.positions = torch.zeros(batch, heads, 0, dtype=torch.int64, device=self.device)
         self.scores = torch.zeros(batch, heads, 0, device=self.device)
         self._seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
@@ -163,7 +179,8 @@ class KeyformerLayer(CacheLayerMixin):
         """k of each sequence, (batch,) int64: by its tokens if this is its first prompt."""
         if self._first_prompt:
             return self._budget.to(count.device)
-        return torch.tensor([self.config.budget(int(n)) for n in count], device=count.device)
+        budgets = torch.tensor([self.config.budget(int(n)) for n in count], device=count.device)
+        return budgets if self.window is None else budgets.clamp(max=max(1, self.window - 1))
 
     def attend(
         self,
@@ -173,6 +190,7 @@ class KeyformerLayer(CacheLayerMixin):
         *,
         scale: float,
         alibi_slopes: Tensor | None = None,
+        softcap: float | None = None,
         rotary: Rotary | None = None,
         output_weights: bool = False,
     ) -> Attended:
@@ -184,7 +202,7 @@ class KeyformerLayer(CacheLayerMixin):
             (batch, heads, tokens, head_dim) of the new tokens.
         new
             What :meth:`place` gave for them.
-        scorer, scale, alibi_slopes, output_weights
+        scorer, scale, alibi_slopes, softcap, output_weights
             See :func:`keyformer.attention.attention`.
         rotary
             Rotates queries and keys to their places. Where the place of a token changes as
@@ -192,7 +210,7 @@ class KeyformerLayer(CacheLayerMixin):
         """
         moving = self.config.positions == "new"
         places = _ranks(self.positions) if moving else self.positions
-        slots = Tokens(self.keys, self.values, self.positions, places)
+        slots = Tokens(*self.read(), self.positions, places)
         read = new
         if rotary is not None:
             query = rotary(query, new.places[:, :1])
@@ -207,6 +225,8 @@ class KeyformerLayer(CacheLayerMixin):
             read,
             scale=scale,
             alibi_slopes=alibi_slopes,
+            softcap=softcap,
+            window=self.window,
             scorer=scorer,
             output_weights=output_weights,
         )
@@ -243,10 +263,24 @@ class KeyformerLayer(CacheLayerMixin):
         leaves = self._leaves(positions, ranked_by, slots)
         freed = leaves[..., :slots].nonzero(as_tuple=True)
         staying = (~leaves[..., slots:]).nonzero(as_tuple=True)
-        self.keys[freed] = new.keys[staying]
-        self.values[freed] = new.values[staying]
-        self.positions[freed] = new.positions[staying]
-        self.scores[freed] = new_scores[staying]
+        arrived = (
+            *self._quantized(new.keys[staying]),
+            *self._quantized(new.values[staying]),
+            *(new.positions[staying], new_scores[staying]),
+        )
+        for name, one in zip(self._per_slot, arrived, strict=True):
+            getattr(self, name)[freed] = one
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the slots, (batch, kv_heads, slots, head_dim) in the model's dtype."""
+        kind = self.config.cache_dtype
+        return (
+            dequantize(self.keys, self.key_scales, kind, self.dtype),
+            dequantize(self.values, self.value_scales, kind, self.dtype),
+        )
+
+    def _quantized(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize(vectors, self.config.cache_dtype)
 
     @property
     def in_first_prompt(self) -> bool:
@@ -275,19 +309,20 @@ class KeyformerLayer(CacheLayerMixin):
         if wanted <= held:
             return
         wanted = min(self._largest_budget, -(-wanted // GROWTH) * GROWTH)
-        pad = torch.nn.functional.pad
-        self.keys = pad(self.keys, (0, 0, 0, wanted - held))
-        self.values = pad(self.values, (0, 0, 0, wanted - held))
-        self.positions = pad(self.positions, (0, wanted - held), value=-1)
-        self.scores = pad(self.scores, (0, wanted - held))
+        for name in self._per_slot:
+            old = getattr(self, name)
+            rest = (0, 0) * (old.ndim - 3)
+            empty = -1 if name == "positions" else 0
+            new = torch.nn.functional.pad(old, (*rest, 0, wanted - held), value=empty)
+            setattr(self, name, new)
 
     def _leaves(self, positions: Tensor, scores: Tensor, slots: int) -> Tensor:
         """Who leaves when the new tokens compete with the slots: the eviction rule.
 
         Slots and new tokens are ranked together and as many leave as are new. Padding goes
-        first, then empty slots, then tokens by score, the younger of two equals first. Sinks
-        and the recent window stay, key tokens if they are frozen, and slots beyond a
-        sequence's own budget, which therefore never fill.
+        first, then empty slots and what the model's own window has left behind, then tokens by
+        score, the younger of two equals first. Sinks and the recent window stay, key tokens if
+        they are frozen, and slots beyond a sequence's own budget, which therefore never fill.
 
         Parameters
         ----------
@@ -315,7 +350,10 @@ class KeyformerLayer(CacheLayerMixin):
         if config.key_set == "frozen" and not self.in_first_prompt:
             kept |= positions < self._frozen_before[:, None, None]
         rank = rank.masked_fill(kept, highest)
-        rank = rank.masked_fill(positions < 0, -1)
+        unseen = positions < 0
+        if self.window is not None:
+            unseen |= positions <= seen - self.window
+        rank = rank.masked_fill(unseen, -1)
         place = torch.arange(positions.shape[-1], device=positions.device)
         rank = rank.masked_fill((place >= slots) & (positions < 0), -2)
         rank = rank.masked_fill((place >= budget) & (place < slots), highest)
@@ -344,10 +382,10 @@ class KeyformerLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.13
 
     def memory_bytes(self) -> int:
-        """Bytes of the slots: keys, values, positions and scores."""
+        """Bytes of the slots: keys and values with their scales, positions and scores."""
         if not self.is_initialized:
             return 0
-        return sum(t.nbytes for t in (self.keys, self.values, self.positions, self.scores))
+        return sum(getattr(self, name).nbytes for name in self._per_slot)
 
     def _select(self, index: Tensor) -> None:
         if self.is_initialized:
@@ -372,6 +410,16 @@ class KeyformerLayer(CacheLayerMixin):
         raise ValueError("a KeyformerCache cannot be cropped: evicted tokens are gone")
 
 
+def model_windows(model_config: PreTrainedConfig) -> list[int | None]:
+    """The tokens that a query of each layer sees, itself included; None where it sees all."""
+    config = model_config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [window] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
 def _ranks(positions: Tensor) -> Tensor:
     """The rank of each position among those of its head, -1 for an empty slot."""
     order = positions.argsort(dim=-1)
@@ -387,10 +435,13 @@ class KeyformerCache(Cache):
     Budgets are fixed by the first prompt of each sequence; later prompts on the same cache
     are attended, scored and evicted to that budget.
 
+    Layers in which the model itself sees a sliding window keep just that window, unless all
+    of its layers have one: then the method chooses among the tokens of the window.
+
     Parameters
     ----------
     model_config
-        The model's configuration, for its number of layers.
+        The model's configuration, for its layers and their windows.
     config
         The method and its settings.
 
@@ -407,15 +458,28 @@ class KeyformerCache(Cache):
         all. Where a prompt comes in chunks the model keeps no others.
     observer
         If set, called after each layer's attention with its weights.
+    hands_over
+        Whether :meth:`update` hands keys and values on to an attention that calls
+        :meth:`attend` with them.
     """
 
     def __init__(
         self, model_config: PreTrainedConfig, config: KeyformerConfig | None = None
     ) -> None:
         config = config or KeyformerConfig()
-        layers = model_config.get_text_config(decoder=True).num_hidden_layers
-        super().__init__(layers=[KeyformerLayer(config) for _ in range(layers)])
+        keep_all = KeyformerConfig.preset(
+            "full", cache_dtype=config.cache_dtype, backend=config.backend
+        )
+        windows = model_windows(model_config)
+        is_hybrid = None in windows
+        super().__init__(
+            layers=[
+                KeyformerLayer(keep_all if window and is_hybrid else config, window)
+                for window in windows
+            ]
+        )
         self.config = config
+        self._evicting = [layer for layer in self.layers if layer.config is config]
         self.seed = config.seed or 0
         if config.seed is None and config.draws_noise:
             self.seed = int(torch.randint(2**62, ()))
@@ -424,6 +488,7 @@ class KeyformerCache(Cache):
         self.output_attentions = False
         self.outputs_wanted: int | None = None
         self.observer: Observer | None = None
+        self.hands_over = False
 
     def attend(
         self,
@@ -435,6 +500,7 @@ class KeyformerCache(Cache):
         *,
         scale: float,
         alibi_slopes: Tensor | None = None,
+        softcap: float | None = None,
         rotary: Rotary | None = None,
     ) -> Attended:
         """Attention of one layer's new tokens, with scoring and eviction.
@@ -450,18 +516,33 @@ class KeyformerCache(Cache):
             self._scorer(layer, layer_idx),
             scale=scale,
             alibi_slopes=alibi_slopes,
+            softcap=softcap,
             rotary=rotary,
             output_weights=self.output_attentions or self.observer is not None,
         )
-        if self.config.score == "per_layer":
+        if layer.config.score == "per_layer":
             layer.admit(layer.all_scores)
-        elif layer is self.layers[-1]:
-            shared = sum(one.all_scores.to(layer.device) for one in self.layers)
-            for one in self.layers:
+        elif layer is self._evicting[-1]:
+            shared = sum(one.all_scores.to(layer.device) for one in self._evicting)
+            for one in self._evicting:
                 one.admit(shared.to(one.device))
         if self.observer is not None:
             self.observer(layer_idx, new.positions[:, 0], attended)
         return attended
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand the new keys and values on as they are; :meth:`attend` does the rest.
+
+        Raises
+        ------
+        TypeError
+            From a model whose attention would not call :meth:`attend`.
+        """
+        if not self.hands_over:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return key_states, value_states
 
     def expect(self, real: Tensor) -> None:
         """Announce a prompt to all layers: see :meth:`KeyformerLayer.expect`."""
@@ -469,12 +550,12 @@ class KeyformerCache(Cache):
             layer.expect(real)
 
     def next_places(self, real: Tensor) -> Tensor:
-        """What :meth:`KeyformerLayer.next_places` gives, alike in all layers."""
-        return self.layers[0].next_places(real)
+        """What :meth:`KeyformerLayer.next_places` gives, alike in all layers that evict."""
+        return self._evicting[0].next_places(real)
 
     def places_needed(self, real: Tensor) -> int:
         """How many places ``real`` (batch, tokens) and what is planned after it reach."""
-        return self.layers[0].places_needed(real, self.planned(real) - real.shape[1] + 1)
+        return self._evicting[0].places_needed(real, self.planned(real) - real.shape[1] + 1)
 
     def planned(self, real: Tensor) -> int:
         """Tokens that will be fed: these (batch, tokens) and, after a prompt, the generated."""
@@ -491,7 +572,7 @@ class KeyformerCache(Cache):
         return self.max_new_tokens
 
     def _scorer(self, layer: KeyformerLayer, layer_idx: int) -> Scorer | None:
-        if not self.config.needs_scores:
+        if not layer.config.needs_scores:
             return None
         length = self.config.generation_length or self._new_tokens(layer.prompt_end)
         tau = temperature(self.config, layer.step, length)
@@ -499,5 +580,5 @@ class KeyformerCache(Cache):
         return Scorer(self.config, self.seed, layer_idx, tau, factor)
 
     def memory_bytes(self) -> int:
-        """Bytes that keys, values, positions and scores occupy over all layers."""
+        """Bytes that the slots of all layers occupy."""
         return sum(layer.memory_bytes() for layer in self.layers)

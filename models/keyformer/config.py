@@ -17,6 +17,7 @@ SCORES = ("per_layer", "shared")
 NORMALIZATIONS = ("sum", "mean")
 KEY_SETS = ("dynamic", "frozen")
 POSITIONS = ("original", "new")
+CACHE_DTYPES = ("auto", "float8", "int8", "int4")
 BACKENDS = ("auto", "torch")
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -81,6 +82,10 @@ class KeyformerConfig:
         text ("Org Pos" of Table 3), or "new", its rank among the tokens in the cache.
     sinks
         First tokens of the text that are never evicted (StreamingLLM keeps 4).
+    cache_dtype
+        What slots hold keys and values in: "auto", the model's dtype, or "float8", "int8" or
+        "int4" with scales, see :mod:`keyformer.precision`. New tokens are quantized as they
+        enter their slot.
     prefill_chunk
         Tokens of a prompt that are processed at a time, at least 1: each chunk attends to the
         slots and, causally, to itself, is scored and evicted to the budget, so that memory does
@@ -114,6 +119,7 @@ class KeyformerConfig:
     dilation: int = 0
     positions: str = "original"
     sinks: int = 0
+    cache_dtype: str = "auto"
     prefill_chunk: int | None = None
     seed: int | None = None
     backend: str = "auto"
@@ -156,6 +162,7 @@ class KeyformerConfig:
         choice("normalize", NORMALIZATIONS)
         choice("key_set", KEY_SETS)
         choice("positions", POSITIONS)
+        choice("cache_dtype", CACHE_DTYPES)
         choice("backend", BACKENDS)
 
     @classmethod

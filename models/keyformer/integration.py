@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -16,10 +18,21 @@ from transformers import (
 )
 
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.modeling import KeyformerGenerationMixin, patch
+from keyformer.interface import NAME, check_supported, make_patches, switch_attention
+from keyformer.modeling import KeyformerGenerationMixin, patch, unpatch
+from keyformer.quantize import quantization_config, quantize_transposed
 
-PACKAGES = {"mpt": "mpt_keyformer", "gptj": "gptj_keyformer", "gpt2": "cerebras_keyformer"}
-"""For each supported model_type, the package with its MODEL, PATCHES and make_config."""
+PACKAGES = {
+    "mpt": "mpt_keyformer",
+    "gptj": "gptj_keyformer",
+    "gpt2": "cerebras_keyformer",
+    "bloom": "bloom_keyformer",
+    "falcon": "falcon_keyformer",
+}
+"""By model_type, the packages with a MODEL, PATCHES and make_config: models with an attention of
+their own. All others must have one that goes through transformers' attention interface."""
+
+Model = TypeVar("Model", bound=nn.Module)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,6 +44,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     device_map: str | dict[str, Any] | None = None,
+    quantize: str | None = None,
     use_fast_tokenizer: bool = True,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -40,7 +54,8 @@ def load_model(
     ----------
     path
         A checkpoint folder (config.json and .safetensors or .bin weights, in one file or
-        several shards) or a name on the Hugging Face hub. No remote code is run.
+        several shards) or a name on the Hugging Face hub, of any model that
+        :func:`enable_keyformer` takes. No remote code is run.
     config
         Method and settings that ``generate`` uses; the defaults of KeyformerConfig if None.
     dtype
@@ -49,6 +64,9 @@ def load_model(
         Where to put the model; None takes a GPU if there is one.
     device_map
         Instead of ``device``: spread the layers, as accelerate does ("auto").
+    quantize
+        Quantize the weights as they are loaded: "bnb-8bit", "bnb-4bit" or "int8", see
+        :func:`keyformer.quantize.quantization_config`.
     use_fast_tokenizer
         False takes the tokenizer's Python implementation where it has one.
     kwargs
@@ -62,8 +80,8 @@ def load_model(
     Raises
     ------
     InputError
-        If the path has no usable checkpoint, its model_type is not supported, or dtype or
-        device is unknown.
+        If the path has no usable checkpoint, its model_type is not supported, dtype, device or
+        quantize is unknown, or the package that quantizes is not installed.
     """
     if isinstance(dtype, str) and dtype != "auto":
         if dtype not in DTYPES:
@@ -75,9 +93,16 @@ def load_model(
         settings, _ = PreTrainedConfig.get_config_dict(path)
         if not settings:
             raise InputError("there is no config.json")
-        package = _package(settings.get("model_type"))
-        model_config = package.make_config(settings)
-        model = package.MODEL.from_pretrained(
+        if package := _package(settings.get("model_type")):
+            model_class, model_config = package.MODEL, package.make_config(settings)
+        else:
+            model_class = AutoModelForCausalLM
+            model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            check_supported(model_config)
+        if quantize is not None:
+            compute_in: Any = dtype if dtype != "auto" else model_config.dtype or torch.float32
+            kwargs["quantization_config"] = quantization_config(quantize, compute_in)
+        model = model_class.from_pretrained(
             path,
             config=model_config,
             dtype=dtype,
@@ -85,6 +110,8 @@ def load_model(
             trust_remote_code=False,
             **kwargs,
         )
+        if quantize is not None:
+            quantize_transposed(model, quantize)
         tokenizer = AutoTokenizer.from_pretrained(
             path,
             config=model_config,
@@ -100,27 +127,79 @@ def load_model(
     return enable_keyformer(model, config).eval(), tokenizer
 
 
-def enable_keyformer(
-    model: PreTrainedModel, config: KeyformerConfig | None = None
-) -> PreTrainedModel:
+def enable_keyformer(model: Model, config: KeyformerConfig | None = None) -> Model:
     """Make a loaded model evict; on one that does already, set another method.
 
-    The model is changed in place and returned. Its modules take their patched classes, its
-    weights stay.
+    The model is changed in place and returned: some of its modules get a subclass of their
+    class, its attention layers another function to call. Weights stay as they are, and
+    :func:`disable_keyformer` takes everything back.
+
+    Parameters
+    ----------
+    model
+        A causal language model of transformers, or one in PEFT's wrapper.
+    config
+        Method and settings that ``generate`` uses; the defaults of KeyformerConfig if None.
 
     Raises
     ------
     InputError
-        If the model's type is not supported.
+        If the model cannot be served; the message says why.
     """
-    if not isinstance(model, KeyformerGenerationMixin):
-        patches = _package(model.config.model_type).PATCHES
-        if not issubclass(patches.get(type(model), nn.Module), KeyformerGenerationMixin):
-            raise InputError(f"a {type(model).__name__} does not generate text")
-        patch(model, patches)
-    model.base_model.keyformer_config = config or KeyformerConfig()
-    model.config.use_cache = True  # of forward calls; generate uses one anyway
+    inner = _unwrapped(model)
+    stock = (inner.config.use_cache, inner.config._attn_implementation)
+    if not _evicts(inner):
+        if package := _package(inner.config.model_type):
+            patches = package.PATCHES
+            if not issubclass(patches.get(type(inner), nn.Module), KeyformerGenerationMixin):
+                raise InputError(f"a {type(inner).__name__} does not generate text")
+        else:
+            patches = make_patches(inner)
+            switch_attention(inner)
+        patch(inner, patches)
+    decoder = inner.get_decoder()
+    decoder.keyformer_stock = decoder.keyformer_stock or stock
+    decoder.keyformer_config = config or KeyformerConfig()
+    inner.config.use_cache = True  # of forward calls; generate uses one anyway
     return model
+
+
+def disable_keyformer(model: Model) -> Model:
+    """Undo :func:`enable_keyformer`: the model is transformers' own again, as it was before.
+
+    The model is changed in place and returned. One that does not evict stays as it is.
+    """
+    inner = _unwrapped(model)
+    if not _evicts(inner):
+        return model
+    decoder = inner.get_decoder()
+    stock = decoder.keyformer_stock
+    for name in ("keyformer_config", "keyformer_stock"):
+        vars(decoder).pop(name, None)
+    unpatch(inner)
+    if stock is not None:
+        inner.config.use_cache, attention = stock
+        if inner.config._attn_implementation == NAME:
+            inner.set_attn_implementation(attention)
+    return model
+
+
+def _evicts(model: Any) -> bool:
+    return isinstance(model, KeyformerGenerationMixin)
+
+
+def _unwrapped(model: Any) -> Any:
+    """transformers' model inside PEFT's wrapper, or the model itself.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise InputError(f"a {type(inner).__name__} is not a model of transformers")
+    return inner
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
@@ -145,8 +224,5 @@ def check_device(device: str | torch.device | None) -> torch.device:
 
 
 def _package(model_type: str | None) -> Any:
-    if model_type not in PACKAGES:
-        raise InputError(
-            f"model_type {model_type!r} is not supported; supported are {', '.join(PACKAGES)}"
-        )
-    return importlib.import_module(PACKAGES[model_type])
+    """The package of models of that type, None if there is none."""
+    return importlib.import_module(PACKAGES[model_type]) if model_type in PACKAGES else None

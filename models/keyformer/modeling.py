@@ -27,6 +27,8 @@ def attend(
     *,
     scale: float,
     alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a patched layer: through the cache, or plain and causal without one.
@@ -39,33 +41,28 @@ def attend(
         (batch, heads or kv_heads, tokens, head_dim) of the new tokens, not rotated.
     real
         (batch, 1, 1, tokens) bool, what :class:`KeyformerModelMixin` passes as the mask.
-    scale, alibi_slopes, rotary
+    scale, alibi_slopes, softcap, rotary
         See :meth:`keyformer.cache.KeyformerLayer.attend`.
+    window
+        See :func:`keyformer.attention.attention`; a cache has its own from the configuration.
 
     Returns
     -------
     tuple
         What the heads give, side by side, (batch, tokens, heads * head_dim); and the weights
         (batch, heads, tokens, slots + tokens) float32 if they were asked for.
-
-    Raises
-    ------
-    TypeError
-        If the cache is of a kind that does not evict.
     """
     real = real[:, 0, 0]
-    options: dict[str, Any] = {"scale": scale, "alibi_slopes": alibi_slopes}
-    if isinstance(cache, KeyformerCache):
+    options: dict[str, Any] = {"scale": scale, "alibi_slopes": alibi_slopes, "softcap": softcap}
+    if cache is not None:
         attended = cache.attend(query, key, value, layer_idx, real, rotary=rotary, **options)
-    elif cache is None:
+    else:
         positions = (real.cumsum(dim=-1) - 1).masked_fill(~real, -1)[:, None]
         if rotary is not None:
             query, key = rotary(query, positions), rotary(key, positions)
         positions = positions.expand(-1, key.shape[1], -1)
         new = Tokens(key, value, positions, positions)
-        attended = attention(query, new[:0], new, **options)
-    else:
-        raise TypeError(f"a model patched for Keyformer takes a KeyformerCache, got {type(cache)}")
+        attended = attention(query, new[:0], new, window=window, **options)
     return attended.output.transpose(1, 2).flatten(2), attended.weights
 
 
@@ -76,10 +73,14 @@ class KeyformerModelMixin:
     ----------
     keyformer_config
         The method used where no cache is passed in.
+    keyformer_stock
+        use_cache and attention implementation before the model was made to evict; None if
+        it was built so.
     """
 
     config: Any
     keyformer_config = KeyformerConfig()
+    keyformer_stock: tuple[bool, str] | None = None
 
     def forward(
         self,
@@ -105,6 +106,8 @@ class KeyformerModelMixin:
         InputError
             If a token would stand beyond the model's table of positions, or hidden states or
             attentions of all layers are asked for from a prompt in chunks.
+        TypeError
+            If the cache is of a kind that does not evict.
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None:
@@ -117,7 +120,10 @@ class KeyformerModelMixin:
             output_attentions = self.config.output_attentions
         if use_cache and past_key_values is None:
             past_key_values = KeyformerCache(self.config, self.keyformer_config)
-        if isinstance(past_key_values, KeyformerCache):
+        if not isinstance(past_key_values, KeyformerCache | None):
+            kind = type(past_key_values).__name__
+            raise TypeError(f"a model with Keyformer takes a KeyformerCache, got a {kind}")
+        if past_key_values is not None:
             past_key_values.output_attentions = bool(output_attentions)
         if attention_mask is None:
             real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -131,7 +137,7 @@ class KeyformerModelMixin:
             "output_attentions": output_attentions,
             **kwargs,
         }
-        if not isinstance(past_key_values, KeyformerCache):
+        if past_key_values is None:
             places = (real.cumsum(dim=-1) - 1).masked_fill(~real, -1)
             return self._forward_at(places, real, inputs)
         self._check_places(past_key_values, real)
@@ -188,6 +194,10 @@ class KeyformerModelMixin:
     @property
     def position_table(self) -> int | None:
         """Number of positions that the model has a table for; None if it computes them."""
+        for name in ("wpe", "embed_positions"):
+            if (table := getattr(self, name, None)) is not None:
+                # OPT's begins with rows that no position has.
+                return table.num_embeddings - getattr(table, "offset", 0)
         return None
 
     def _check_places(self, cache: KeyformerCache, real: Tensor) -> None:
@@ -212,7 +222,7 @@ class KeyformerGenerationMixin:
     """
 
     config: Any
-    base_model: Any
+    get_decoder: Any
 
     def forward(
         self,
@@ -246,13 +256,15 @@ class KeyformerGenerationMixin:
         generation_config.use_cache = True
         cache = model_kwargs.get("past_key_values")
         if cache is None:
-            if generation_config.cache_implementation is not None:
+            # Gemma's checkpoints ask for a hybrid cache, which this is where layers have windows.
+            if generation_config.cache_implementation not in (None, "dynamic", "hybrid"):
                 raise InputError(
                     f"cache_implementation={generation_config.cache_implementation!r} cannot be"
                     " combined with Keyformer, which is a cache of its own"
                 )
-            cache = KeyformerCache(self.config, self.base_model.keyformer_config)
+            cache = KeyformerCache(self.config, self.get_decoder().keyformer_config)
             model_kwargs["past_key_values"] = cache
+        generation_config.cache_implementation = None
         if isinstance(cache, KeyformerCache):
             cache.max_new_tokens = generation_config.max_new_tokens
             cache.max_length = generation_config.max_length
@@ -273,16 +285,32 @@ def patch(model: nn.Module, patches: Patches) -> None:
     """
     for module in model.modules():
         if type(module) in patches:
-            # accelerate's hooks hold on to the forward of the class they were added to, and
-            # removing one leaves that forward on the module.
-            hook = getattr(module, "_hf_hook", None)
-            if hook is not None:
-                remove_hook_from_module(module)
-                module.__dict__.pop("forward", None)
-            module.__class__ = patches[type(module)]
-            if isinstance(module, PreTrainedModel):
-                # By class name transformers looks up which outputs a model can record.
-                recorded = {str(type(module)): module._can_record_outputs}
-                _CAN_RECORD_REGISTRY.update(recorded)
-            if hook is not None:
-                add_hook_to_module(module, hook)
+            _set_class(module, patches[type(module)])
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo :func:`patch`: every module gets back the class that its own was made from."""
+    for module in model.modules():
+        _set_class(module, next(c for c in type(module).__mro__ if not _is_ours(c)))
+
+
+def _is_ours(cls: type) -> bool:
+    """Whether a class is of this package or of one of the patched models'."""
+    return cls.__module__.split(".")[0].endswith("keyformer")
+
+
+def _set_class(module: nn.Module, new: type[nn.Module]) -> None:
+    if type(module) is new:
+        return
+    # accelerate's hooks hold on to the forward of the class they were added to, and
+    # removing one leaves that forward on the module.
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        remove_hook_from_module(module)
+        module.__dict__.pop("forward", None)
+    module.__class__ = new
+    if isinstance(module, PreTrainedModel):
+        # By class name transformers looks up which outputs a model can record.
+        _CAN_RECORD_REGISTRY.update({str(new): module._can_record_outputs})
+    if hook is not None:
+        add_hook_to_module(module, hook)

@@ -112,7 +112,7 @@ class KeyformerLM(HFLM):
     @property
     def keyformer_config(self) -> KeyformerConfig:
         """The method; another one can be set."""
-        return self.model.base_model.keyformer_config
+        return self.model.get_decoder().keyformer_config
 
     @keyformer_config.setter
     def keyformer_config(self, config: KeyformerConfig) -> None:

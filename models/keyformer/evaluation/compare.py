@@ -10,12 +10,13 @@ from typing import Any
 
 from transformers import set_seed
 
-from keyformer.config import METHODS, InputError, KeyformerConfig
+from keyformer.config import CACHE_DTYPES, METHODS, InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import TASKS, Task, load_items, make_prompt, sample
 from keyformer.evaluation.generation import generate
 from keyformer.evaluation.results import check_writable, run_record, write_json
 from keyformer.evaluation.run import load, prompt_room, summary
+from keyformer.quantize import weight_bytes
 
 
 def compare(
@@ -71,7 +72,8 @@ def compare(
     print_table(results)
     if flags.record:
         described = {"model": flags.model_name, "task": task_name, "items": len(items)}
-        described["beam"] = flags.beam
+        described |= {"beam": flags.beam, "quantize": flags.quantize}
+        described["weight_bytes"] = weight_bytes(model)
         record = {**described, **run_record(model.device), "rows": results}
         write_json(flags.record, record)
 
@@ -94,6 +96,7 @@ def parse(
         "--kv_cache", nargs="+", type=float, default=[50.0], help="cache sizes in %% of the prompt"
     )
     parser.add_argument("--recent", type=float, default=default.recent)
+    parser.add_argument("--cache_dtype", choices=CACHE_DTYPES, default=default.cache_dtype)
     flag.chunk_flag(parser)
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], help="for methods that draw noise"
@@ -116,7 +119,8 @@ def rows(flags: argparse.Namespace) -> Iterator[tuple[str, int, KeyformerConfig]
     """Each run as (method, seed, configuration); what draws no noise runs once."""
     for method in flags.methods:
         for kv_cache in flags.kv_cache if method != "full" else [100.0]:
-            settings = {"recent": flags.recent, "prefill_chunk": flags.prefill_chunk}
+            settings: dict[str, Any] = {"recent": flags.recent, "cache_dtype": flags.cache_dtype}
+            settings["prefill_chunk"] = flags.prefill_chunk
             config = KeyformerConfig.preset(method, kv_cache=kv_cache, **settings)
             for seed in flags.seeds if config.draws_noise else flags.seeds[:1]:
                 yield method, seed, config

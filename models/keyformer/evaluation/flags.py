@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from keyformer.config import METHODS, POSITIONS, InputError, KeyformerConfig
+from keyformer.config import CACHE_DTYPES, METHODS, POSITIONS, InputError, KeyformerConfig
 from keyformer.evaluation.data import TASKS
 from keyformer.integration import check_device
+from keyformer.quantize import QUANTIZATIONS
 
 MODELS = Path(__file__).parents[2]
 """The folder models/, where the bundled checkpoints are."""
@@ -70,6 +71,13 @@ def method_flags(parser: argparse.ArgumentParser, default: str = "full") -> None
         default=defaults.positions,
         help="of cached tokens: original, in the text, or new, in the cache (default: %(default)s)",
     )
+    group.add_argument(
+        "--cache_dtype",
+        choices=CACHE_DTYPES,
+        default=defaults.cache_dtype,
+        help="what slots hold keys and values in: auto, the model's dtype, or fewer bits"
+        " (default: %(default)s)",
+    )
     chunk_flag(group)
     for name, when in (("tau_init", "at the prompt"), ("tau_end", "at the last token")):
         group.add_argument(
@@ -101,7 +109,10 @@ def method_config(flags: argparse.Namespace) -> tuple[str, KeyformerConfig]:
     if flags.keyformer and flags.attention not in (None, "keyformer"):
         raise InputError(f"--keyformer contradicts --attention {flags.attention}")
     method = "keyformer" if flags.keyformer else flags.attention or "full"
-    names = ("kv_cache", "recent", "kv_budget", "prefill_chunk", "tau_init", "tau_end", "positions")
+    names = (
+        *("kv_cache", "recent", "kv_budget", "prefill_chunk", "tau_init", "tau_end"),
+        *("positions", "cache_dtype"),
+    )
     settings = {name: getattr(flags, name) for name in names}
     # Out of range is an error under every method, also where the method fixes the value.
     KeyformerConfig(**settings)
@@ -126,6 +137,11 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="float32, bfloat16, float16, or auto: the checkpoint's own on a GPU, float32 on a"
         " CPU (default: %(default)s)",
+    )
+    group.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="quantize the weights as they are loaded; needs bitsandbytes (bnb-) or torchao (int8)",
     )
     group.add_argument(
         "--model_parallelize",

@@ -23,6 +23,7 @@ from keyformer.evaluation.results import (
 )
 from keyformer.evaluation.rouge import mean, rouge
 from keyformer.integration import load_model
+from keyformer.quantize import weight_bytes
 
 
 def task_parser(description: str | None, task: str, here: Path, texts: str) -> flag.Parser:
@@ -75,6 +76,7 @@ def load(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
         dtype=flag.model_dtype(flags),
         device=flags.device,
         device_map="auto" if flags.model_parallelize else None,
+        quantize=flags.quantize,
         use_fast_tokenizer=not flags.use_slow_tokenizer,
     )
 
@@ -139,6 +141,8 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
         "method": method,
         "config": asdict(config),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantize": flags.quantize,
+        "weight_bytes": weight_bytes(model),
         **run_record(model.device),
         "peak_memory_bytes": peak_memory_bytes(model.device),
     }
@@ -165,7 +169,7 @@ def prompt_room(
     InputError
         If the model's table of positions has no room for a prompt.
     """
-    table = model.base_model.position_table
+    table = model.get_decoder().position_table
     chunks_move = config and config.positions == "new" and config.prefill_chunk
     if table is None or chunks_move:
         return None
