@@ -17,4 +17,5 @@ fig5.py
 key_set.py
 recent_ratio.py
 temperature.py
+cache_dtype.py
 COMMANDS

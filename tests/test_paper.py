@@ -31,6 +31,7 @@ from keyformer.evaluation.tables import alike, difference
 ROOT = Path(__file__).parents[1]
 STUDIES = {
     "beyond": 48,
+    "cache_dtype": 21,
     "fig3": 4,
     "fig4": 4,
     "fig5": 7,

@@ -1,0 +1,118 @@
+"""ROUGE and memory of models as they are and with quantized weights, under full and Keyformer."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from keyformer.config import InputError, KeyformerConfig
+from keyformer.evaluation import flags as flag
+from keyformer.evaluation.data import TASKS, Item, load_items, make_prompt, sample
+from keyformer.evaluation.generation import generate
+from keyformer.evaluation.results import check_writable, run_record, write_json
+from keyformer.evaluation.run import prompt_room, summary
+from keyformer.integration import check_device, load_model
+from keyformer.quantize import QUANTIZATIONS, weight_bytes
+
+ROOT = Path(__file__).parents[1]
+MODELS = ("mpt-tiny-keyformer", "gptj-tiny-keyformer", "cerebras-tiny-keyformer")
+TASK = TASKS["summarization"]
+METHODS = ("full", "keyformer")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run every model under every kind of weights, print the table, write the record."""
+    flags = parse(argv)
+    if flags.record:
+        check_writable(flags.record)
+    items = sample(load_items(flags.dataset_path, TASK), flags.n_obs, seed=0)
+    device = check_device(flags.device)
+    print(f"{'model':26}{'weights':10}{'method':11}{'ROUGE-2':>9}{'ROUGE-L':>9}{'MB':>8}")
+    rows = []
+    for path in flags.model_path:
+        for kind in (None, *flags.quantize):
+            for row in measure(flags, path, kind, items):
+                rows.append(row)
+                print(
+                    f"{row['model']:26}{kind or '-':10}{row['method']:11}{row['rouge2']:>9.2f}"
+                    f"{row['rougeL']:>9.2f}{row['weight_bytes'] / 1e6:>8.2f}",
+                    flush=True,
+                )
+    if flags.record:
+        settings = {"dtype": flags.dtype, "bs": flags.bs, "beam": flags.beam, "items": len(items)}
+        record = {**run_record(device), **settings, "rows": rows}
+        record["versions"] |= {name: version(name) for name in set(QUANTIZATIONS.values())}
+        write_json(flags.record, record)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, checked.
+
+    Raises
+    ------
+    InputError
+        If a number is out of range.
+    """
+    parser = flag.Parser(description=__doc__)
+    bundled = [str(ROOT / "models" / name) for name in MODELS]
+    parser.add_argument("--model_path", nargs="+", default=bundled, help="default: the bundled")
+    parser.add_argument("--quantize", nargs="+", choices=QUANTIZATIONS, default=list(QUANTIZATIONS))
+    parser.add_argument("--kv_cache", type=float, default=50.0, help="of keyformer, in %% of n")
+    parser.add_argument(
+        "--dataset_path", default=ROOT / "summarization" / "data" / "sample_eval.json"
+    )
+    parser.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--dtype", default="float32", help="of all that is not quantized")
+    parser.add_argument("--bs", type=int, default=8)
+    parser.add_argument("--beam", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=TASK.max_new_tokens)
+    parser.add_argument("--record", type=Path, help="write the rows and their record as JSON")
+    flags = parser.parse_args(argv)
+    for name in ("bs", "beam", "max_new_tokens"):
+        if getattr(flags, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(flags, name)}")
+    return flags
+
+
+def measure(
+    flags: argparse.Namespace, path: str, kind: str | None, items: list[Item]
+) -> list[dict[str, Any]]:
+    """One model with one kind of weights under each method.
+
+    Parameters
+    ----------
+    kind
+        A key of ``QUANTIZATIONS``, or None for the weights as they are.
+    """
+    model, tokenizer = load_model(path, dtype=flags.dtype, device=flags.device, quantize=kind)
+    room = prompt_room(model, flags.max_new_tokens)
+    prompts = [make_prompt(item, TASK, tokenizer, room) for item in items]
+    rows = []
+    for method in METHODS:
+        config = KeyformerConfig.preset(method, kv_cache=flags.kv_cache, seed=0)
+        set_seed(0)
+        generated = generate(
+            model,
+            tokenizer,
+            prompts,
+            config,
+            batch_size=flags.bs,
+            progress=False,
+            num_beams=flags.beam,
+            max_new_tokens=flags.max_new_tokens,
+        )
+        row: dict[str, Any] = {"model": Path(path).name, "quantize": kind, "method": method}
+        row |= {"weight_bytes": weight_bytes(model), "config": asdict(config)}
+        rows.append({**row, **summary(generated, items, TASK)})
+    return rows
+
+
+if __name__ == "__main__":
+    flag.run_main(main)
