@@ -229,7 +229,7 @@ def test_another_checkpoint_in_the_folder_is_measured_anew(flags, tmp_path) -> N
     model = shutil.copytree(flags[1], tmp_path / "model")
     flags[1] = str(model)
     run("table4", flags)
-    measures._fingerprint.cache_clear()
+    measures.fingerprint.cache_clear()
     (weights,) = Path(model).glob("*.bin")
     state = torch.load(weights)
     torch.save({name: 2 * tensor for name, tensor in state.items()}, weights)
