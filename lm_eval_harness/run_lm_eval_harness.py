@@ -90,7 +90,7 @@ def load(flags: argparse.Namespace, method: str, settings: dict[str, Any]) -> Ke
         **settings,
     )
     found = lm.model.config.model_type
-    if flags.model_type and found != TYPES[flags.model_type]:
+    if flags.model_type and found != TYPES.get(flags.model_type, flags.model_type):
         raise InputError(
             f"--model_type {flags.model_type} contradicts the checkpoint, which is a {found}"
         )
@@ -109,8 +109,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag.model_flags(parser)
     parser.add_argument(
         "--model_type",
-        choices=TYPES,
-        help="what the checkpoint has to be (default: whatever it is)",
+        help="model_type that the checkpoint's config.json has to have, or the name of a patched"
+        f" model: {', '.join(TYPES)} (default: whatever it is)",
     )
     flag.method_flags(parser)
     group = parser.add_argument_group("evaluation")

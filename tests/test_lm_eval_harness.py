@@ -128,7 +128,7 @@ BAD = [
     (["--prefill_chunk", "0"], "prefill_chunk"),
     (["--kv_cache", "0"], "kv_cache"),
     (["--attention", "snapkv"], "snapkv"),
-    (["--model_type", "llama"], "llama"),
+    (["--model_type", "llama"], "--model_type llama contradicts"),
     (["--model_type", "gptj"], "--model_type gptj contradicts the checkpoint, which is a mpt"),
     (["--model_path", "nowhere/model"], "nowhere/model"),
     (["--model_parallelize"], "--device"),
