@@ -9,8 +9,12 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; test_downloads has a hub of its own
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read on import: kernels run on the CPU, as numpy
+
+import pytest
 from originals import ORIGINALS
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel

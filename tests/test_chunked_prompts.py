@@ -94,13 +94,13 @@ def test_with_chunks_of_one_a_token_sees_only_key_and_recent_tokens(evicting) ->
     )
     model(torch.randint(1, 61, (1, 20)), past_key_values=cache)
     assert seen == [(layer, i, min(i, 10) + 1) for i in range(20) for layer in range(2)]
-    assert cache.layers[0].step == 0
+    assert cache.text.step == 0
     model(torch.randint(1, 61, (1, 1)), past_key_values=cache)
-    assert cache.layers[0].step == 1
+    assert cache.text.step == 1
     model(torch.randint(1, 61, (1, 5)), past_key_values=cache)  # a second prompt, in chunks too
     assert seen[-1] == (1, 25, 11)
-    assert cache.layers[0].step == 0
-    assert cache.layers[0].prompt_end == cache.get_seq_length() == 26
+    assert cache.text.step == 0
+    assert cache.text.prompt_end == cache.get_seq_length() == 26
 
 
 class Live(TorchDispatchMode):

@@ -94,7 +94,7 @@ def test_every_method_keeps_its_budget(run, caches, method, batch, kv_cache) -> 
         assert scores["kv_bytes_prompt"] == scores["kv_bytes_end"]
     for cache in caches:
         for layer in cache.layers:
-            budgets = layer._budget[:, None].expand(-1, layer.positions.shape[1])
+            budgets = cache.text.budget[:, None].expand(-1, layer.positions.shape[1])
             filled = (layer.positions >= 0).sum(-1)
             seen = layer.positions.amax((1, 2)) + 1
             assert torch.equal(filled, torch.minimum(budgets, seen[:, None]))

@@ -27,6 +27,8 @@ from keyformer.modeling import (
 class GPTJKeyformerAttention(GPTJAttention):
     """Multi-head attention with RoPE by each slot's own place."""
 
+    embed_positions: Tensor
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -80,8 +82,9 @@ class GPTJKeyformerAttention(GPTJAttention):
             (batch, heads or 1, tokens) int64, below the size of the table; -1 for an empty
             slot, whatever becomes of it.
         """
-        table = self.embed_positions.to(x.device)
-        sin, cos = table[places.clamp(min=0)].to(x.dtype).chunk(2, dim=-1)
+        if self.embed_positions.device != x.device:  # no parameter, so it stayed behind
+            self.embed_positions = self.embed_positions.to(x.device)
+        sin, cos = self.embed_positions[places.clamp(min=0)].to(x.dtype).chunk(2, dim=-1)
         turning, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
         even, odd = turning[..., ::2], turning[..., 1::2]
         turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)

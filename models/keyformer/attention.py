@@ -63,10 +63,11 @@ class Attended:
     output
         (batch, heads, queries, head_dim), the model's dtype.
     positions
-        (batch, kv_heads, tokens) int64: the slots' first, the new tokens' after them.
+        (batch, kv_heads, tokens) int64: the slots' first, the new tokens' after them. From a
+        decode kernel, which evicts by itself, the new tokens' alone.
     scores
         f_theta summed over the queries (section 3.3.2), float32, the shape of
-        ``positions``; None without a scorer.
+        ``positions``; None without a scorer, and from a decode kernel.
     weights
         The plain softmax, float32, (batch, heads, queries, tokens) in the same order; None
         unless asked for.

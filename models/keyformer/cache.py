@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from keyformer.attention import Attended, Rotary, Tokens, attention
+from keyformer import kernels
+from keyformer.attention import Attended, Rotary, Tokens
 from keyformer.config import KeyformerConfig
 from keyformer.precision import dequantize, quantize
 from keyformer.score import Scorer, temperature
+from keyformer.text import Text
 
 GROWTH = 64
 """Slots added at a time while the text is shorter than the budget."""
@@ -33,46 +35,42 @@ class KeyformerLayer(CacheLayerMixin):
     ----------
     config
         The method and its settings.
+    text
+        What layers of this kind count alike.
     window
         Tokens that the model lets a query of this layer see, itself included, so that no
         other can be of use; None if it sees all.
 
     Attributes
     ----------
+    length
+        How much of the text this layer has been given.
     keys, values
         (batch, kv_heads, slots, head_dim), the model's dtype; or, quantized, the elements that
         :func:`keyformer.precision.quantize` gives.
     key_scales, value_scales
         (batch, kv_heads, slots, groups) float16, their scales; no groups if not quantized.
     positions
-        (batch, kv_heads, slots) int64, position in the text, -1 for an empty slot.
+        (batch, kv_heads, slots) int64, position in the text, -1 for an empty slot; the slots
+        of a head fill in their order.
     scores
         (batch, kv_heads, slots) float32, accumulated f_theta (section 3.3.2).
-    step
-        t of Eq. 10: 0 after a prompt, then the number of decode steps since.
     """
 
     is_sliding = False
     _per_slot = ("keys", "key_scales", "values", "value_scales", "positions", "scores")
-    _per_sequence = (
-        *_per_slot,
-        *("_seen", "_budget", "_window", "_frozen_before"),
-    )
 
-    def __init__(self, config: KeyformerConfig, window: int | None = None) -> None:
+    def __init__(self, config: KeyformerConfig, text: Text, window: int | None = None) -> None:
         super().__init__()
         self.config = config
+        self.text = text
         self.window = window
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, budgets included."""
+        """Forget everything."""
         self.is_initialized = False
-        self.step = 0
-        self.prompt_end = 0
-        self._first_prompt = 0
-        self._length = 0
-        self._seen = torch.zeros(1, dtype=torch.int64)
+        self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch size, heads, dtype and device from the first keys; no slots yet."""
@@ -83,104 +81,25 @@ class KeyformerLayer(CacheLayerMixin):
         self.values, self.value_scales = self._quantized(value_states[:, :, none])
         self.positions = torch.zeros(batch, heads, 0, dtype=torch.int64, device=self.device)
         self.scores = torch.zeros(batch, heads, 0, device=self.device)
-        self._seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        for name in ("_budget", "_window", "_frozen_before"):
-            setattr(self, name, getattr(self, name).to(self.device))
         self.is_initialized = True
 
-    def expect(self, real: Tensor) -> None:
-        """Announce a prompt, which may come in chunks; the first one fixes the budgets.
-
-        Parameters
-        ----------
-        real
-            (batch, tokens) bool of the whole prompt, False for padding.
-        """
-        if not self._first_prompt:
-            self._set_budgets(real)
-        self.prompt_end = self._length + real.shape[1]
-
-    def place(self, key: Tensor, value: Tensor, real: Tensor) -> Tokens:
-        """Count new tokens in. More than one, or the first, are a prompt if none is expected.
+    def place(self, key: Tensor, value: Tensor) -> Tokens:
+        """The tokens that the text has just taken, with their keys and values in this layer.
 
         Parameters
         ----------
         key, value
             (batch, kv_heads, tokens, head_dim) of the new tokens.
-        real
-            (batch, tokens) bool, False for padding.
-
-        Returns
-        -------
-        Tokens
-            The new tokens with their positions and places.
         """
-        starts_prompt = key.shape[2] > 1 or not self.is_initialized
-        if starts_prompt and self._length >= self.prompt_end:
-            self.expect(real)
         if not self.is_initialized:
             self.lazy_initialization(key, value)
-        real = real.to(self.device)
-        count = real.cumsum(dim=-1)
-        positions = (self._seen[:, None] + count - 1).masked_fill(~real, -1)
-        places = self.next_places(real)
-        self._seen = self._seen + count[:, -1]
-        self._length += key.shape[2]
-        self.step = 0 if self._length <= self.prompt_end else self.step + 1
+        text = self.text.on(self.device)
+        self.length = text.length
         by_head = (slice(None), None, slice(None))
         shape = key.shape[:3]
-        return Tokens(key, value, positions[by_head].expand(shape), places[by_head].expand(shape))
-
-    def next_places(self, real: Tensor) -> Tensor:
-        """The places of new tokens: after the text so far, or after the filled slots.
-
-        Parameters
-        ----------
-        real
-            (batch, tokens) bool, False for padding.
-
-        Returns
-        -------
-        Tensor
-            (batch, tokens) int64, -1 for padding.
-        """
-        count = real.cumsum(dim=-1)
-        return (self._first_place(count[:, -1])[:, None] + count - 1).masked_fill(~real, -1)
-
-    def places_needed(self, real: Tensor, new_tokens: int) -> int:
-        """How many places new tokens, chunk by chunk, and those generated after them take.
-
-        Parameters
-        ----------
-        real
-            (batch, tokens) bool, False for padding.
-        new_tokens
-            Tokens generated after them, of which the last is not fed back; at least 1.
-        """
-        count = real.sum(dim=-1)
-        seen = self._seen.to(count.device)
-        at_end = seen + count + new_tokens - 1
-        if self.config.positions == "original":
-            return int(at_end.max())
-        budgets = self._budgets(count)
-        chunk = self.config.prefill_chunk or real.shape[1]
-        before = torch.arange(0, real.shape[1], chunk, device=count.device)[:, None].minimum(count)
-        needed = torch.minimum(seen + before, budgets) + (count - before).clamp(max=chunk)
-        return int(torch.maximum(needed.amax(dim=0), torch.minimum(at_end, budgets + 1)).max())
-
-    def _first_place(self, count: Tensor) -> Tensor:
-        """The place after those taken, (batch,) int64, where ``count`` real tokens are new."""
-        seen = self._seen.to(count.device)
-        if self.config.positions == "original":
-            return seen
-        return torch.minimum(seen, self._budgets(count))
-
-    def _budgets(self, count: Tensor) -> Tensor:
-        """k of each sequence, (batch,) int64: by its tokens if this is its first prompt."""
-        if self._first_prompt:
-            return self._budget.to(count.device)
-        budgets = torch.tensor([self.config.budget(int(n)) for n in count], device=count.device)
-        return budgets if self.window is None else budgets.clamp(max=max(1, self.window - 1))
+        return Tokens(
+            key, value, text.positions[by_head].expand(shape), text.places[by_head].expand(shape)
+        )
 
     def attend(
         self,
@@ -208,18 +127,9 @@ class KeyformerLayer(CacheLayerMixin):
             Rotates queries and keys to their places. Where the place of a token changes as
             others leave, its key is stored unrotated and rotated whenever it is read.
         """
-        moving = self.config.positions == "new"
-        places = _ranks(self.positions) if moving else self.positions
-        slots = Tokens(*self.read(), self.positions, places)
-        read = new
-        if rotary is not None:
-            query = rotary(query, new.places[:, :1])
-            read = new.rotated(rotary)
-            if moving:
-                slots = slots.rotated(rotary)
-            else:
-                new = read
-        attended = attention(
+        query, slots, read, new = self._read(query, new, rotary)
+        attended = kernels.attention(
+            self.config.backend,
             query,
             slots,
             read,
@@ -234,12 +144,87 @@ class KeyformerLayer(CacheLayerMixin):
         if attended.scores is not None:
             held = self.scores.shape[-1]
             queries = (new.positions[:, :1] >= 0).sum(dim=-1, keepdim=True)
-            kept = self.scores * self.config.forgetting**queries
-            self.scores = kept + attended.scores[..., :held]
+            self.scores.mul_(self.config.forgetting**queries).add_(attended.scores[..., :held])
             new_scores = attended.scores[..., held:]
         self._grow()
         self._arrivals = new, new_scores
         return attended
+
+    def step(
+        self,
+        query: Tensor,
+        new: Tokens,
+        scorer: Scorer | None,
+        tau: Tensor,
+        *,
+        scale: float,
+        alibi_slopes: Tensor | None = None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """:meth:`attend` and :meth:`admit` of one new token a sequence, by the decode kernels.
+
+        Nothing waits for the device and nothing is allocated that outlives the step, so it can
+        be captured and replayed. Shared scores decide later, in :meth:`admit`.
+
+        Parameters
+        ----------
+        tau
+            () float32: the temperature, in place of the scorer's.
+
+        Returns
+        -------
+        Tensor
+            The heads' output, (batch, heads, 1, head_dim).
+        """
+        from keyformer.kernels import decode
+
+        self._grow()
+        query, slots, read, new = self._read(query, new, rotary)
+        evicts = self.config.score == "per_layer"
+        output, new_scores = decode.step(
+            self.config,
+            self.text.on(self.device),
+            query,
+            slots,
+            Tokens(self.keys, self.values, self.positions, self.positions),
+            self.scores,
+            read,
+            new,
+            scorer,
+            tau,
+            scale=scale,
+            alibi_slopes=alibi_slopes,
+            evicts=evicts,
+        )
+        if not evicts:
+            self._arrivals = new, new_scores
+        return output
+
+    def _beyond_kernels(self) -> dict[str, Any]:
+        """What of this layer the kernels do not know."""
+        kind = self.config.cache_dtype
+        return {"window": self.window, "cache_dtype": None if kind == "auto" else kind}
+
+    def steps_on_kernels(self, query: Tensor, softcap: float | None) -> bool:
+        """Whether :meth:`step` can stand for :meth:`attend` and :meth:`admit`."""
+        return self.text.step > 0 and kernels.run_on(
+            self.config.backend, query, softcap=softcap, **self._beyond_kernels()
+        )
+
+    def _read(
+        self, query: Tensor, new: Tokens, rotary: Rotary | None
+    ) -> tuple[Tensor, Tokens, Tokens, Tokens]:
+        """Query, slots and new tokens as attention reads them, and the new as they are stored."""
+        moving = self.config.positions == "new"
+        places = _ranks(self.positions) if moving else self.positions
+        slots = Tokens(*self.read(), self.positions, places)
+        if rotary is None:
+            return query, slots, new, new
+        query = rotary(query, new.places[:, :1])
+        read = new.rotated(rotary)
+        if moving:
+            return query, slots.rotated(rotary), read, new
+        return query, slots, read, read
 
     @property
     def all_scores(self) -> Tensor:
@@ -258,18 +243,29 @@ class KeyformerLayer(CacheLayerMixin):
         """
         new, new_scores = self._arrivals
         del self._arrivals
-        slots = self.positions.shape[-1]
+        slots, tokens = self.positions.shape[-1], new.positions.shape[-1]
         positions = torch.cat([self.positions, new.positions], dim=-1)
         leaves = self._leaves(positions, ranked_by, slots)
-        freed = leaves[..., :slots].nonzero(as_tuple=True)
-        staying = (~leaves[..., slots:]).nonzero(as_tuple=True)
+        pairs = min(slots, tokens)
+        freed = _listed(leaves[..., :slots], pairs)
+        staying = _listed(~leaves[..., slots:], pairs)
+        # Where no token stays, the first slot is written over by itself.
+        any_stay = (~leaves[..., slots:]).any(dim=-1, keepdim=True)
+
+        def across(index: Tensor, vectors: Tensor) -> Tensor:
+            rest = (None,) * (vectors.ndim - 3)
+            return index[(..., *rest)].expand(*index.shape, *vectors.shape[3:])
+
         arrived = (
-            *self._quantized(new.keys[staying]),
-            *self._quantized(new.values[staying]),
-            *(new.positions[staying], new_scores[staying]),
+            tensor.gather(2, across(staying, tensor))
+            for tensor in (new.keys, new.values, new.positions, new_scores)
         )
-        for name, one in zip(self._per_slot, arrived, strict=True):
-            getattr(self, name)[freed] = one
+        keys, values, *rest = arrived
+        written = (*self._quantized(keys), *self._quantized(values), *rest)
+        for name, one in zip(self._per_slot, written, strict=True):
+            held = getattr(self, name)
+            to = across(freed, held)
+            held.scatter_(2, to, torch.where(across(any_stay, one), one, held.gather(2, to)))
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the slots, (batch, kv_heads, slots, head_dim) in the model's dtype."""
@@ -282,33 +278,15 @@ class KeyformerLayer(CacheLayerMixin):
     def _quantized(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         return quantize(vectors, self.config.cache_dtype)
 
-    @property
-    def in_first_prompt(self) -> bool:
-        """Whether the tokens placed last are of the first prompt."""
-        return self._length <= self._first_prompt
-
-    def _set_budgets(self, real: Tensor) -> None:
-        """Fix k and w of each sequence by its number of real prompt tokens."""
-        lengths = real.sum(dim=-1)
-        self._budget = self._budgets(lengths)
-        budgets = self._budget.tolist()
-        windows = [self.config.recent_window(k) for k in budgets]
-        self._window = torch.tensor(windows, device=real.device)
-        self._largest_budget = max(budgets)
-        self._first_prompt = real.shape[1]
-        self._frozen_before = self._window_start(lengths)
-
-    def _window_start(self, seen: Tensor) -> Tensor:
-        """The first position of the recent window after ``seen`` (batch,) tokens."""
-        return seen - (self.config.dilation + 1) * self._window
-
     def _grow(self) -> None:
         """Have slots for every token so far, up to the largest budget."""
         held = self.keys.shape[2]
-        wanted = min(self._largest_budget, self._length)
+        text = self.text
+        wanted = min(text.largest_budget, max(text.length, text.reserved))
         if wanted <= held:
             return
-        wanted = min(self._largest_budget, -(-wanted // GROWTH) * GROWTH)
+        if wanted > text.reserved:
+            wanted = min(text.largest_budget, -(-wanted // GROWTH) * GROWTH)
         for name in self._per_slot:
             old = getattr(self, name)
             rest = (0, 0) * (old.ndim - 3)
@@ -320,9 +298,10 @@ class KeyformerLayer(CacheLayerMixin):
         """Who leaves when the new tokens compete with the slots: the eviction rule.
 
         Slots and new tokens are ranked together and as many leave as are new. Padding goes
-        first, then empty slots and what the model's own window has left behind, then tokens by
-        score, the younger of two equals first. Sinks and the recent window stay, key tokens if
-        they are frozen, and slots beyond a sequence's own budget, which therefore never fill.
+        first, then empty slots in their order, then what the model's own window has left
+        behind, then tokens by score, the younger of two equals first. Sinks and the recent
+        window stay, key tokens if they are frozen, and slots beyond a sequence's own budget,
+        which therefore never fill.
 
         Parameters
         ----------
@@ -336,28 +315,27 @@ class KeyformerLayer(CacheLayerMixin):
         Tensor
             Bool, the same shape, True for those that leave.
         """
-        config = self.config
-        seen, budget = self._seen[:, None, None], self._budget[:, None, None]
+        config, text = self.config, self.text.on(self.device)
+        seen, budget = text.seen[:, None, None], text.budget[:, None, None]
         if config.normalize == "mean":
             scores = scores / (seen - positions)
         highest = torch.iinfo(torch.int64).max
         # Scores are never negative, so their bits sort as integers do.
         rank = scores.contiguous().view(torch.int32).to(torch.int64) << 32
         rank = rank + (torch.iinfo(torch.int32).max - positions)
-        window_start = self._window_start(self._seen)[:, None, None]
+        window_start = text.window_start(text.seen)[:, None, None]
         kept = (positions >= window_start) & (positions % (config.dilation + 1) == 0)
         kept |= positions < budget.clamp(max=config.sinks)
-        if config.key_set == "frozen" and not self.in_first_prompt:
-            kept |= positions < self._frozen_before[:, None, None]
+        if config.key_set == "frozen" and not text.in_first_prompt:
+            kept |= positions < text.frozen_before[:, None, None]
         rank = rank.masked_fill(kept, highest)
-        unseen = positions < 0
-        if self.window is not None:
-            unseen |= positions <= seen - self.window
-        rank = rank.masked_fill(unseen, -1)
         place = torch.arange(positions.shape[-1], device=positions.device)
-        rank = rank.masked_fill((place >= slots) & (positions < 0), -2)
+        if self.window is not None:
+            rank = rank.masked_fill(positions <= seen - self.window, -1)
+        empty = place - positions.shape[-1] * (1 + (place >= slots).long()) - 1
+        rank = torch.where(positions < 0, empty, rank)
         rank = rank.masked_fill((place >= budget) & (place < slots), highest)
-        leaving = rank.topk(positions.shape[-1] - slots, largest=False).indices
+        leaving = rank.topk(positions.shape[-1] - slots, largest=False, sorted=False).indices
         return torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, leaving, True)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
@@ -369,11 +347,11 @@ class KeyformerLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included: what transformers' position arithmetic expects."""
-        return self._length
+        return self.text.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of a mask over every token seen and the new ones."""
-        return self._length + query_length, 0
+        return self.text.length + query_length, 0
 
     def get_max_length(self) -> int:
         """No maximum: any number of tokens can flow through the slots."""
@@ -389,12 +367,26 @@ class KeyformerLayer(CacheLayerMixin):
 
     def _select(self, index: Tensor) -> None:
         if self.is_initialized:
-            for name in self._per_sequence:
+            for name in self._per_slot:
                 setattr(self, name, getattr(self, name).index_select(0, index.to(self.device)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give beam i the slots of beam ``beam_idx[i]``, positions and scores with them."""
-        self._select(beam_idx)
+        if self.is_initialized and kernels.reorder_on(
+            self.config.backend, self.keys, beam_idx, **self._beyond_kernels()
+        ):
+            from keyformer.kernels import reorder
+
+            reorder.take(
+                self.keys,
+                self.values,
+                self.positions,
+                self.scores,
+                beam_idx.to(self.device).contiguous(),
+                self.text.on(self.device).shared,
+            )
+        else:
+            self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences ``indices``."""
@@ -418,6 +410,20 @@ def model_windows(model_config: PreTrainedConfig) -> list[int | None]:
     if kinds is None:
         return [window] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def _listed(mask: Tensor, count: int) -> Tensor:
+    """Indices of the True entries of each row in their order, (..., count).
+
+    Of fewer than ``count`` the first is repeated; of none it is 0. Nothing waits for the device.
+    """
+    found = mask.cumsum(dim=-1)
+    place = torch.where(mask, found - 1, count)
+    index = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
+    listed = torch.zeros(*mask.shape[:-1], count + 1, dtype=torch.int64, device=mask.device)
+    listed = listed.scatter_(-1, place, index)[..., :count]
+    beyond = torch.arange(count, device=mask.device) >= found[..., -1:]
+    return torch.where(beyond, listed[..., :1], listed)
 
 
 def _ranks(positions: Tensor) -> Tensor:
@@ -449,6 +455,8 @@ class KeyformerCache(Cache):
     ----------
     layers
         One :class:`KeyformerLayer` for each layer of the model.
+    text
+        What those of them count alike that evict by ``config``.
     seed
         Seed of this cache's noise.
     max_new_tokens, max_length
@@ -461,6 +469,8 @@ class KeyformerCache(Cache):
     hands_over
         Whether :meth:`update` hands keys and values on to an attention that calls
         :meth:`attend` with them.
+    replays, graph
+        Whether decode steps can be replayed, and the one captured: see keyformer.replay.
     """
 
     def __init__(
@@ -472,14 +482,18 @@ class KeyformerCache(Cache):
         )
         windows = model_windows(model_config)
         is_hybrid = None in windows
+        self.text = Text(config, None if is_hybrid else windows[0])
+        texts = {window: Text(keep_all, window) for window in windows if window and is_hybrid}
         super().__init__(
             layers=[
-                KeyformerLayer(keep_all if window and is_hybrid else config, window)
+                KeyformerLayer(keep_all, texts[window], window)
+                if window in texts
+                else KeyformerLayer(config, self.text, window)
                 for window in windows
             ]
         )
+        self.texts = (self.text, *texts.values())
         self.config = config
-        self._evicting = [layer for layer in self.layers if layer.config is config]
         self.seed = config.seed or 0
         if config.seed is None and config.draws_noise:
             self.seed = int(torch.randint(2**62, ()))
@@ -489,6 +503,8 @@ class KeyformerCache(Cache):
         self.outputs_wanted: int | None = None
         self.observer: Observer | None = None
         self.hands_over = False
+        self.replays = False
+        self.graph: Any = None
 
     def attend(
         self,
@@ -506,26 +522,32 @@ class KeyformerCache(Cache):
         """Attention of one layer's new tokens, with scoring and eviction.
 
         The counterpart of ``Cache.update`` for a model that evicts; arguments and result are
-        those of :meth:`KeyformerLayer.place` and :meth:`KeyformerLayer.attend`.
+        those of :meth:`Text.take`, :meth:`KeyformerLayer.place` and
+        :meth:`KeyformerLayer.attend`.
         """
         layer = self.layers[layer_idx]
-        new = layer.place(key, value, real)
-        attended = layer.attend(
-            query,
-            new,
-            self._scorer(layer, layer_idx),
-            scale=scale,
-            alibi_slopes=alibi_slopes,
-            softcap=softcap,
-            rotary=rotary,
-            output_weights=self.output_attentions or self.observer is not None,
-        )
-        if layer.config.score == "per_layer":
+        if layer.length == self.text.length:  # no layer has been given these tokens before
+            self._begin(query, real)
+        new = layer.place(key, value)
+        scorer = self._scorer(layer, layer_idx)
+        options: dict[str, Any] = {"scale": scale, "alibi_slopes": alibi_slopes, "rotary": rotary}
+        output_weights = self.output_attentions or self.observer is not None
+        fused = not output_weights and layer.steps_on_kernels(query, softcap)
+        if fused:
+            output = layer.step(query, new, scorer, self.tau.to(layer.device), **options)
+            attended = Attended(output, new.positions, None, None)
+        else:
+            options |= {"softcap": softcap, "output_weights": output_weights}
+            attended = layer.attend(query, new, scorer, **options)
+            self.replays &= self.text.step == 0
+        if layer.config.score == "shared":
+            evicting = [one for one in self.layers if one.text is self.text]
+            if layer is evicting[-1]:
+                shared = sum(one.all_scores.to(layer.device) for one in evicting)
+                for one in evicting:
+                    one.admit(shared.to(one.device))
+        elif not fused:
             layer.admit(layer.all_scores)
-        elif layer is self._evicting[-1]:
-            shared = sum(one.all_scores.to(layer.device) for one in self._evicting)
-            for one in self._evicting:
-                one.admit(shared.to(one.device))
         if self.observer is not None:
             self.observer(layer_idx, new.positions[:, 0], attended)
         return attended
@@ -545,17 +567,49 @@ class KeyformerCache(Cache):
         return key_states, value_states
 
     def expect(self, real: Tensor) -> None:
-        """Announce a prompt to all layers: see :meth:`KeyformerLayer.expect`."""
-        for layer in self.layers:
-            layer.expect(real)
+        """Announce a prompt to all layers: see :meth:`Text.expect`."""
+        for text in self.texts:
+            text.expect(real)
 
     def next_places(self, real: Tensor) -> Tensor:
-        """What :meth:`KeyformerLayer.next_places` gives, alike in all layers that evict."""
-        return self._evicting[0].next_places(real)
+        """What :meth:`Text.next_places` gives, alike in all layers that evict."""
+        return self.text.next_places(real)
+
+    def _begin(self, query: Tensor, real: Tensor) -> None:
+        """Count new tokens in; reserve slots for what follows a prompt if kernels attend."""
+        tokens = real.shape[1]
+        if not self.text.length:
+            self.tau = torch.empty((), device=query.device)
+        if not self.text.length or tokens > 1:
+            prompt_end = max(self.text.prompt_end, self.text.length + tokens)
+            planned = prompt_end + (self._new_tokens(prompt_end) or 1) - 1
+            reserved = planned if kernels.run_on(self.config.backend, query) else 0
+            for text in self.texts:
+                text.reserved = reserved
+            self.replays = reserved > self.text.length + tokens
+        for text in self.texts:
+            text.take(real)
+        if not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.set_temperature()
+
+    def count_step(self) -> None:
+        """Count a token that a replayed step is going to take in."""
+        for text in self.texts:
+            text.advance(1)
+        for layer in self.layers:
+            layer.length = layer.text.length
+
+    def set_temperature(self) -> None:
+        """Tell the decode kernels the temperature of the step that comes."""
+        self.tau.fill_(self._temperature())
+
+    def _temperature(self) -> float:
+        length = self.config.generation_length or self._new_tokens(self.text.prompt_end)
+        return temperature(self.config, self.text.step, length)
 
     def places_needed(self, real: Tensor) -> int:
         """How many places ``real`` (batch, tokens) and what is planned after it reach."""
-        return self._evicting[0].places_needed(real, self.planned(real) - real.shape[1] + 1)
+        return self.text.places_needed(real, self.planned(real) - real.shape[1] + 1)
 
     def planned(self, real: Tensor) -> int:
         """Tokens that will be fed: these (batch, tokens) and, after a prompt, the generated."""
@@ -574,11 +628,35 @@ class KeyformerCache(Cache):
     def _scorer(self, layer: KeyformerLayer, layer_idx: int) -> Scorer | None:
         if not layer.config.needs_scores:
             return None
-        length = self.config.generation_length or self._new_tokens(layer.prompt_end)
-        tau = temperature(self.config, layer.step, length)
-        factor = 1.0 if layer.in_first_prompt else self.config.damping
-        return Scorer(self.config, self.seed, layer_idx, tau, factor)
+        factor = 1.0 if self.text.in_first_prompt else self.config.damping
+        return Scorer(self.config, self.seed, layer_idx, self._temperature(), factor)
 
     def memory_bytes(self) -> int:
         """Bytes that the slots of all layers occupy."""
         return sum(layer.memory_bytes() for layer in self.layers)
+
+    def reset(self) -> None:
+        """Forget everything, budgets included."""
+        super().reset()
+        for text in self.texts:
+            text.reset()
+        self.replays, self.graph = False, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Give beam i the slots of beam ``beam_idx[i]``, positions and scores with them."""
+        super().reorder_cache(beam_idx)
+        for text in self.texts:
+            text.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices``."""
+        super().batch_select_indices(indices)
+        for text in self.texts:
+            text.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence ``repeats`` times in place."""
+        super().batch_repeat_interleave(repeats)
+        index = torch.arange(len(self.text.seen)).repeat_interleave(repeats)
+        for text in self.texts:
+            text.select(index)

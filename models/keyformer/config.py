@@ -18,7 +18,7 @@ NORMALIZATIONS = ("sum", "mean")
 KEY_SETS = ("dynamic", "frozen")
 POSITIONS = ("original", "new")
 CACHE_DTYPES = ("auto", "float8", "int8", "int4")
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"kv_budget": UNLIMITED, "recent": 100.0, "sinks": 0},
@@ -95,7 +95,8 @@ class KeyformerConfig:
     seed
         Seed of the noise; None draws one from torch's global generator for each cache.
     backend
-        "torch", or "auto" for the fastest available one.
+        "torch"; "triton", the kernels of keyformer.kernels; or "auto": the kernels on a GPU
+        where they can run, and torch elsewhere.
 
     Raises
     ------

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from keyformer.attention import Rotary, Tokens, attention
+from keyformer import kernels
+from keyformer.attention import Rotary, Tokens
 from keyformer.cache import KeyformerCache
 from keyformer.config import InputError, KeyformerConfig
+from keyformer.replay import replayed
 
 Patches = dict[type[nn.Module], type[nn.Module]]
 
@@ -62,7 +64,7 @@ def attend(
             query, key = rotary(query, positions), rotary(key, positions)
         positions = positions.expand(-1, key.shape[1], -1)
         new = Tokens(key, value, positions, positions)
-        attended = attention(query, new[:0], new, window=window, **options)
+        attended = kernels.attention("auto", query, new[:0], new, window=window, **options)
     return attended.output.transpose(1, 2).flatten(2), attended.weights
 
 
@@ -203,6 +205,8 @@ class KeyformerModelMixin:
     def _check_places(self, cache: KeyformerCache, real: Tensor) -> None:
         """Before the first layer: is the table large enough, for a prompt's generation too?"""
         table = self.position_table
+        if real.shape[1] == 1 and cache.text.length < cache.text.reserved:
+            return  # the prompt's check counted this token
         # Counting real tokens waits for the device, so only where they could be too many.
         if table is None or cache.get_seq_length() + cache.planned(real) <= table:
             return
@@ -249,6 +253,11 @@ class KeyformerGenerationMixin:
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, with the decode steps of ``generate`` replayed on a GPU."""
+        output = None if args else replayed(self, kwargs)  # type: ignore[arg-type]
+        return super().__call__(*args, **kwargs) if output is None else output  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -59,11 +60,8 @@ def noise(
     if kind == "constant":
         return torch.full((), GUMBEL_MEAN, device=device)
     batch, kv_heads, _ = key_positions.shape
-    row = torch.zeros((), dtype=torch.int32, device=device)
+    row = torch.tensor(first_row(seed, layer), dtype=torch.int32, device=device)
     counters = (
-        torch.tensor(_signed32(seed), device=device),
-        torch.tensor(_signed32(seed >> 32), device=device),
-        torch.tensor(layer, device=device),
         torch.arange(batch, device=device)[:, None, None, None],
         torch.arange(heads, device=device)[None, :, None, None],
         query_positions[:, None, :, None],
@@ -77,6 +75,15 @@ def noise(
     if kind == "gumbel":
         return -torch.log(-torch.log(uniform))
     return GUMBEL_MEAN + GUMBEL_STD * torch.special.ndtri(uniform)
+
+
+@lru_cache(maxsize=1024)
+def first_row(seed: int, layer: int) -> int:
+    """The hash of the counters that a whole call shares, a signed 32-bit integer."""
+    row = torch.zeros((), dtype=torch.int32)
+    for counter in (seed, seed >> 32, layer):
+        row = _mix(row ^ torch.tensor(_signed32(counter), dtype=torch.int32) * _GOLDEN)
+    return int(row)
 
 
 def _signed32(value: int) -> int:
@@ -112,6 +119,34 @@ class Scorer:
     tau: float
     factor: float = 1.0
 
+    @property
+    def row(self) -> int:
+        """Where the hash of this layer's noise begins."""
+        return first_row(self.seed, self.layer)
+
+    @property
+    def noise_drawn(self) -> str:
+        """The kind of noise that can change a score: a constant cannot."""
+        return self.config.noise if self.config.draws_noise else "none"
+
+    def weight(self, query_positions: Tensor, last: Tensor) -> Tensor:
+        """How much each query's softmax counts.
+
+        Parameters
+        ----------
+        query_positions
+            (batch, queries) int64, -1 for padding, which gives no score.
+        last
+            (batch,) int64, the last query's position, from which on nothing is forgotten.
+
+        Returns
+        -------
+        Tensor
+            (batch, queries) float32.
+        """
+        age = (last[:, None] - query_positions).float()
+        return (self.factor * self.config.forgetting**age).masked_fill(query_positions < 0, 0.0)
+
     def __call__(
         self, logits: Tensor, query_positions: Tensor, key_positions: Tensor, last: Tensor
     ) -> Tensor:
@@ -123,11 +158,11 @@ class Scorer:
             x of Eq. 4, very low and finite where masked, float32,
             (batch, kv_heads, group, queries, keys).
         query_positions
-            (batch, queries) int64, -1 for padding, which gives no score.
+            (batch, queries) int64, -1 for padding.
         key_positions
             (batch, kv_heads, keys) int64.
         last
-            (batch,) int64, the last query's position, from which on nothing is forgotten.
+            See :meth:`weight`.
 
         Returns
         -------
@@ -142,6 +177,4 @@ class Scorer:
         if zeta.ndim:
             zeta = zeta.view(logits.shape)
         given = torch.softmax((logits + zeta) / self.tau, dim=-1)
-        age = (last[:, None] - query_positions).to(given.dtype)
-        weight = (self.factor * self.config.forgetting**age).masked_fill(query_positions < 0, 0.0)
-        return torch.einsum("bhgqk,bq->bhk", given, weight)
+        return torch.einsum("bhgqk,bq->bhk", given, self.weight(query_positions, last))

@@ -73,6 +73,8 @@ class MptKeyformerAttention(MptAttention):
 class MptKeyformerModel(KeyformerModelMixin, MptModel):
     """The layers of MPT over a KeyformerCache."""
 
+    alibi_slopes: Tensor | None = None
+
     def build_mpt_alibi_tensor(
         self, num_heads: int, sequence_length: int, alibi_bias_max: int = 8, device: Any = None
     ) -> Tensor:
@@ -81,8 +83,11 @@ class MptKeyformerModel(KeyformerModelMixin, MptModel):
         ``alibi_bias_max`` is the checkpoint's; transformers itself always takes 8, which
         is wrong for mpt-7b-storywriter (16).
         """
-        bias_max = self.config.attn_config.alibi_bias_max
-        return -build_mpt_alibi_tensor(num_heads, 2, bias_max, device=device)[:, 0, 0]
+        if self.alibi_slopes is None or self.alibi_slopes.device != device:
+            bias_max = self.config.attn_config.alibi_bias_max
+            bias = build_mpt_alibi_tensor(num_heads, 2, bias_max, device=device)
+            self.alibi_slopes = -bias[:, 0, 0]  # kept: every step asks for them
+        return self.alibi_slopes
 
 
 class MptKeyformerForCausalLM(KeyformerGenerationMixin, MptForCausalLM):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -71,6 +72,17 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     """Write indented JSON, whole."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+_UNDATED: dict[str, Any] = {".png": {"Software": None}, ".svg": {"Date": None}}
+
+
+def write_picture(path: Path, figure: Any) -> None:
+    """A matplotlib figure as PNG or SVG, by the path's suffix; alike when drawn again."""
+    picture = io.BytesIO()
+    kind = path.suffix
+    figure.savefig(picture, format=kind[1:], dpi=160, metadata=_UNDATED[kind])
+    write_whole(path, lambda file: file.write(picture.getvalue()))
 
 
 def run_record(device: torch.device | str) -> dict[str, Any]:

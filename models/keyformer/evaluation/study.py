@@ -8,9 +8,8 @@ import shlex
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -22,8 +21,8 @@ from keyformer.evaluation.results import (
     check_writable,
     run_record,
     write_json,
+    write_picture,
     write_text,
-    write_whole,
 )
 from keyformer.evaluation.sweep import (
     Cell,
@@ -273,9 +272,7 @@ class Study:
     def draw(self, figure: Figure, part: str = "") -> None:
         """The picture as PNG and SVG."""
         for kind in ("png", "svg"):
-            picture = io.BytesIO()
-            figure.savefig(picture, format=kind, dpi=160, metadata=_UNDATED[kind])
-            write_whole(self._file(kind, part), partial(_write, picture.getvalue()))
+            write_picture(self._file(kind, part), figure)
         print(f"table, record and picture: {self._file('{csv,json,png,svg}', part)}")
 
     def _file(self, kind: str, part: str = "") -> Path:
@@ -295,13 +292,6 @@ def _generation_flags(parser: flag.Parser) -> None:
 def run_study(main: Callable[[Sequence[str] | None], Steps]) -> None:
     """Run a script of paper/ by itself; what it cannot use is one line and exit code 2."""
     flag.run_main(lambda argv: carry_out([main(argv)]))
-
-
-_UNDATED: dict[str, Any] = {"png": {"Software": None}, "svg": {"Date": None}}
-
-
-def _write(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
 
 
 def _flat(row: Row) -> Labels:

@@ -1,0 +1,44 @@
+"""generate from end to end: seconds and tokens a second, beside stock transformers and the floor.
+
+The floor is that of the decode steps; the prompt comes on top. With --stretch N, N tokens are timed
+at the beginning, the middle and the end of what is generated, and integrated.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from keyformer.evaluation.flags import run_main
+from keyformer.evaluation.speed import Record, Speed
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    folder = Path(__file__).parent
+    lengths = {"prompt": (4096,), "new": (1024,), "batch": (1, 16), "beams": (1,)}
+    speed = Speed("generate", __doc__, argv, folder, stretch=2**30, **lengths)
+    with torch.no_grad():
+        speed.write(rows(speed))
+
+
+def rows(speed: Speed) -> Iterator[Record]:
+    """A row for each model, number of tokens, batch, beams and engine."""
+    flags = speed.flags
+    for bench in speed.benches():
+        for (prompt, new), batch, beams, engine in itertools.product(
+            zip(flags.prompt, flags.new, strict=False), flags.batch, flags.beams, flags.engine
+        ):
+            labels = {"model": bench.shape, "prompt": prompt, "new": new, "batch": batch}
+            labels |= {"beams": beams, "engine": engine}
+            config = speed.configs[engine]
+            yield labels | bench.attempt(
+                bench.generation, config, batch, prompt, new, beams, flags.stretch
+            )
+
+
+if __name__ == "__main__":
+    run_main(main)

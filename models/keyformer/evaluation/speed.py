@@ -1,0 +1,422 @@
+"""Speed and memory of models with random weights: engines side by side, and the floor.
+
+The floor of a decode step is the time in which its weights and the kept keys and values can
+be read once, at the bandwidth that a large copy reaches on the same device in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from keyformer.cache import KeyformerCache
+from keyformer.config import InputError, KeyformerConfig
+from keyformer.evaluation.flags import Parser
+from keyformer.evaluation.results import check_writable, run_record, write_json, write_picture
+from keyformer.evaluation.tables import print_columns
+from keyformer.integration import DTYPES, check_device, enable_keyformer
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "mpt-7b": {
+        "model_type": "mpt",
+        "d_model": 4096,
+        "n_heads": 32,
+        "n_layers": 32,
+        "vocab_size": 50432,
+    },
+    "gpt-j-6b": {"model_type": "gptj", "n_positions": 16384},
+    "cerebras-gpt-6.7b": {
+        "model_type": "gpt2",
+        "n_embd": 4096,
+        "n_head": 32,
+        "n_layer": 32,
+        "n_positions": 16384,
+        "activation_function": "gelu",
+    },
+    "tiny": {"model_type": "mpt", "d_model": 64, "n_heads": 2, "n_layers": 2, "vocab_size": 64},
+}
+"""Of the paper's models, with tables of positions that the longest measurement fits in."""
+
+ENGINES = ("stock", "full", "window", "h2o", "keyformer")
+"""transformers' own model, and methods of this one: full keeps all, window scores nothing."""
+
+COPIED_BYTES = {"cuda": 2**32, "cpu": 2**26}
+"""Of the copy that measures bandwidth: many times a cache."""
+
+Record = dict[str, Any]
+
+
+class Speed:
+    """What one script measures: its flags in; a table and a record out.
+
+    Parameters
+    ----------
+    name, description
+        Of the script; the record is written to ``folder``/results/``name``.json.
+    defaults
+        Flags of the script's own and their defaults: a whole number, or a tuple of them.
+
+    Attributes
+    ----------
+    flags
+        What was asked for; each of ``defaults`` by its name.
+    device, dtype
+        Where and in what the models are.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        description: str | None,
+        argv: Sequence[str] | None,
+        folder: Path,
+        **defaults: int | tuple[int, ...],
+    ) -> None:
+        parser = Parser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+        parser.add_argument(
+            "--model", nargs="+", choices=SHAPES, default=["mpt-7b"], help="shapes of models"
+        )
+        parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
+        parser.add_argument("--kv_cache", type=float, default=50.0, help="%% of the prompt")
+        parser.add_argument("--recent", type=float, default=30.0, help="%% of the cache")
+        parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+        parser.add_argument("--device", help="default: a GPU if there is one")
+        parser.add_argument("--repeats", type=int, default=20, help="of which the median counts")
+        parser.add_argument("--output", default=folder / "results" / f"{name}.json")
+        for flag, default in defaults.items():
+            several: dict[str, Any] = {} if isinstance(default, int) else {"nargs": "+"}
+            parser.add_argument(f"--{flag}", type=int, default=default, **several)
+        self.flags = parser.parse_args(argv)
+        for flag in ("repeats", *defaults):
+            value = getattr(self.flags, flag)
+            if min(value if isinstance(value, Sequence) else [value]) < 1:
+                raise InputError(f"--{flag} must be at least 1, got {value}")
+        self.configs = {name: self.config(name, self.flags.kv_cache) for name in ENGINES}
+        self.device = check_device(self.flags.device)
+        self.dtype = DTYPES[self.flags.dtype]
+        check_writable(self.flags.output)
+
+    def config(self, engine: str, kv_cache: float) -> KeyformerConfig | None:
+        """An engine's method at a cache size in percent; None for stock transformers."""
+        settings = {"kv_cache": kv_cache, "recent": self.flags.recent, "seed": 0}
+        return None if engine == "stock" else KeyformerConfig.preset(engine, **settings)
+
+    def benches(self) -> Iterator[Bench]:
+        """Each model in turn, alone in memory, with a bandwidth measured beside it."""
+        for name in self.flags.model:
+            bench = Bench(name, self.dtype, self.device, self.flags.repeats)
+            yield bench
+            del bench
+            free(self.device)
+
+    def draw(self, figure: Figure) -> None:
+        """The picture beside the record, as PNG and SVG."""
+        for kind in (".png", ".svg"):
+            write_picture(Path(self.flags.output).with_suffix(kind), figure)
+
+    def write(self, rows: Iterable[Record]) -> list[Record]:
+        """Say each row as it comes, then print all and write them with how they came about."""
+        done = []
+        for row in rows:
+            done.append(row)
+            print(", ".join(f"{name} {_shown(value)}" for name, value in row.items()), flush=True)
+        heads = list(dict.fromkeys(name for row in done for name in row))
+        print()
+        print_columns([heads, *([_shown(row.get(name)) for name in heads] for row in done)])
+        flags = {name: str(value) for name, value in vars(self.flags).items()}
+        write_json(self.flags.output, {**run_record(self.device), "flags": flags, "rows": done})
+        return done
+
+
+class Bench:
+    """The same random weights in transformers' own model and in the evicting one.
+
+    Attributes
+    ----------
+    weight_bytes
+        Bytes of parameters that a decode step reads.
+    bandwidth
+        Bytes a second, read and written, of a large copy.
+    """
+
+    def __init__(self, shape: str, dtype: torch.dtype, device: torch.device, repeats: int) -> None:
+        self.shape, self.device, self.repeats = shape, device, repeats
+        settings = dict(SHAPES[shape])
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        config.update({"use_cache": True, "eos_token_id": None, "pad_token_id": 0})
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.stock = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        shared = {id(t): t for t in (*self.stock.parameters(), *self.stock.buffers())}
+        self.evicting = enable_keyformer(copy.deepcopy(self.stock, shared))
+        read = {id(p): p.nbytes for p in self.stock.parameters()}
+        embedding = self.stock.get_input_embeddings().weight
+        if embedding is not self.stock.get_output_embeddings().weight:
+            del read[id(embedding)]  # of which a step reads a row
+        self.weight_bytes = sum(read.values())
+        self.bandwidth = self._bandwidth()
+
+    def _bandwidth(self) -> float:
+        source = torch.ones(COPIED_BYTES[self.device.type], dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return 2e3 * source.nbytes / self.median_ms(lambda: target.copy_(source))
+
+    def model(self, config: KeyformerConfig | None) -> PreTrainedModel:
+        """The model that runs a method; None is stock transformers."""
+        return self.stock if config is None else enable_keyformer(self.evicting, config)
+
+    def cache(self, config: KeyformerConfig | None, new_tokens: int = 1) -> Any:
+        """An empty cache for a prompt and ``new_tokens`` after it."""
+        if config is None:
+            return DynamicCache(config=self.stock.config)
+        cache = KeyformerCache(self.evicting.config, config)
+        cache.max_new_tokens = new_tokens
+        return cache
+
+    def tokens(self, batch: int, length: int) -> Tensor:
+        """Random ones, (batch, length)."""
+        vocabulary = self.stock.config.vocab_size
+        return torch.randint(1, vocabulary, (batch, length), device=self.device)
+
+    def kept_bytes(self, config: KeyformerConfig | None, batch: int, prompt: int) -> int:
+        """Bytes of keys and values that a step after a prompt reads."""
+        settings = self.stock.config
+        kept = prompt if config is None else min(prompt, config.budget(prompt))
+        itemsize = self.stock.dtype.itemsize
+        return 2 * settings.num_hidden_layers * batch * kept * settings.hidden_size * itemsize
+
+    def floor_ms(self, config: KeyformerConfig | None, batch: int, prompt: int) -> float:
+        """The least time of a decode step after a prompt."""
+        read = self.weight_bytes + self.kept_bytes(config, batch, prompt)
+        return 1e3 * read / self.bandwidth
+
+    def prefill(self, config: KeyformerConfig | None, batch: int, prompt: int) -> Record:
+        """Median time of a prompt, and the most memory beside the weights."""
+        model, text = self.model(config), self.tokens(batch, prompt)
+        held: list[Any] = []
+
+        def run() -> None:
+            held[:] = [self.cache(config)]
+            model(input_ids=text, past_key_values=held[0], use_cache=True, logits_to_keep=1)
+
+        before = self._reset_peak()
+        ms = self.median_ms(run)
+        return {"ms": ms, "peak_gb": self._peak_gb(before)}
+
+    def decode_step(self, config: KeyformerConfig | None, batch: int, prompt: int) -> Record:
+        """Median time of a decode step after a prompt, and how long its capture took."""
+        model, token = self.model(config), self.tokens(batch, 1)
+        cache = self.cache(config, new_tokens=prompt)
+        if config is None:
+            self._fill(cache, batch, prompt)
+        else:
+            text = self.tokens(batch, prompt)
+            model(input_ids=text, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+        def step() -> None:
+            seen = cache.get_seq_length()
+            mask = torch.ones(batch, seen + 1, dtype=torch.long, device=self.device)
+            model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
+
+        step()  # compiles the kernels
+        self._wait()
+        start = time.perf_counter()
+        step()  # captures the graph, where there is one
+        self._wait()
+        capture_ms = 1e3 * (time.perf_counter() - start)
+        ms = self.median_ms(step)
+        floor = self.floor_ms(config, batch, prompt)
+        captured = getattr(cache, "graph", None) is not None
+        return {
+            "ms": ms,
+            "floor_ms": floor,
+            "floor / ms": floor / ms,
+            "capture_ms": capture_ms if captured else None,
+        }
+
+    def attention(self, config: KeyformerConfig | None, batch: int, prompt: int) -> float:
+        """Median ms of what all layers of a decode step do between query and output; not stock's.
+
+        Their keys and values are random. On a GPU the layers are captured and replayed.
+        """
+        settings = self.evicting.config
+        heads = settings.num_attention_heads
+        shape = (3, batch, heads, prompt, settings.hidden_size // heads)
+        cache = self.cache(config, new_tokens=prompt)
+
+        def attend(tokens: int) -> None:
+            real = torch.ones(batch, tokens, dtype=torch.bool, device=self.device)
+            query, key, value = drawn[:, :, :, :tokens]
+            for layer in range(settings.num_hidden_layers):
+                cache.attend(query, key, value, layer, real, scale=shape[-1] ** -0.5)
+
+        drawn = torch.randn(shape, dtype=self.stock.dtype, device=self.device)
+        for tokens in (prompt, 1):
+            attend(tokens)
+        run: Callable[[], Any] = lambda: attend(1)  # noqa: E731
+        if self.device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                attend(1)
+            run = graph.replay
+        return self.median_ms(run)
+
+    def generate(
+        self, config: KeyformerConfig | None, batch: int, prompt: int, new: int, beams: int
+    ) -> float:
+        """Seconds of ``generate``, greedy or with beams, on random prompts."""
+        model, text = self.model(config), self.tokens(batch, prompt)
+        self._wait()
+        start = time.perf_counter()
+        model.generate(
+            text,
+            attention_mask=torch.ones_like(text),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            num_beams=beams,
+            do_sample=False,
+        )
+        self._wait()
+        return time.perf_counter() - start
+
+    def generation(
+        self,
+        config: KeyformerConfig | None,
+        batch: int,
+        prompt: int,
+        new: int,
+        beams: int,
+        stretch: int,
+    ) -> Record:
+        """Seconds of ``generate``, tokens a second, and the share of the floor's speed.
+
+        Of more than ``stretch`` new tokens, that many are timed at three lengths and integrated.
+        """
+        self.generate(config, batch, min(prompt, 64), 4, beams)  # compiles the kernels
+        if stretch >= new:
+            seconds = self.generate(config, batch, prompt, new, beams)
+        else:
+            seconds = self._integrated(config, batch, prompt, new, beams, stretch)
+        # A cache that keeps everything grows from the prompt to all of the text.
+        grows = config is None or config.budget(prompt) > prompt
+        ends = (prompt, prompt + new) if grows else (prompt, prompt)
+        floor = sum(self.floor_ms(config, batch * beams, end) for end in ends) / 2e3 * new
+        return {
+            "seconds": seconds,
+            "tokens/s": batch * new / seconds,
+            "floor_seconds": floor,
+            "floor / seconds": floor / seconds,
+        }
+
+    def _integrated(
+        self,
+        config: KeyformerConfig | None,
+        batch: int,
+        prompt: int,
+        new: int,
+        beams: int,
+        stretch: int,
+    ) -> float:
+        """Seconds by Simpson's rule over a token's time at the beginning, middle and end."""
+        if config is not None:
+            config = replace(config, kv_budget=config.budget(prompt))  # as after the prompt
+        few = max(4, stretch // 4)
+        times = []
+        for length in (prompt + new, prompt + new // 2, prompt):
+            short = self.generate(config, batch, length, few, beams)
+            long = self.generate(config, batch, length, few + stretch, beams)
+            times.append((long - short) / stretch)
+        end, middle, begin = times
+        return short - few * begin + new * (begin + 4 * middle + end) / 6
+
+    def fits(self, config: KeyformerConfig, batch: int, prompt: int, new: int) -> bool:
+        """Whether prompts and ``new`` tokens after each fit in memory."""
+        free(self.device)
+        try:
+            model, cache = self.model(config), self.cache(config, new)
+            text = self.tokens(batch, prompt)
+            for tokens in (text, text[:, :1], text[:, :1], text[:, :1]):
+                model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self._wait()
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def _fill(self, cache: DynamicCache, batch: int, length: int) -> None:
+        """Random keys and values, as after a prompt of any length."""
+        settings = self.stock.config
+        heads = settings.num_attention_heads
+        shape = (batch, heads, length, settings.hidden_size // heads)
+        for layer in range(settings.num_hidden_layers):
+            pair = torch.randn(2, *shape, dtype=self.stock.dtype, device=self.device)
+            cache.update(*pair, layer)
+
+    def attempt(self, measure: Callable[..., Record], *arguments: Any) -> Record:
+        """A measurement, or that the device's memory did not suffice for it."""
+        try:
+            return measure(*arguments)
+        except torch.OutOfMemoryError:
+            return {"ms": "out of memory"}
+        finally:
+            free(self.device)
+
+    def median_ms(self, run: Callable[[], Any]) -> float:
+        """Median of ``repeats`` timings after a warm-up, by the device's clock."""
+        times = []
+        for number in range(self.repeats + 2):
+            if self.device.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                run()
+                end.record()
+                end.synchronize()
+                elapsed = start.elapsed_time(end)
+            else:
+                began = time.perf_counter()
+                run()
+                elapsed = 1e3 * (time.perf_counter() - began)
+            if number > 1:
+                times.append(elapsed)
+        return statistics.median(times)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _reset_peak(self) -> int:
+        free(self.device)
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def _peak_gb(self, before: int) -> float | None:
+        """Gigabytes above ``before``; None where allocations are not counted."""
+        if self.device.type != "cuda":
+            return None
+        return (torch.cuda.max_memory_allocated(self.device) - before) / 1e9
+
+
+def free(device: torch.device) -> None:
+    """Give back what dead models and caches held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return "" if value is None else str(value)

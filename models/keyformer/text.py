@@ -1,0 +1,208 @@
+"""Text: what layers of a cache count alike - tokens seen, their places, budgets, steps."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+
+from keyformer.config import KeyformerConfig
+
+
+class Text:
+    """How far the text of each sequence has come, and how much of it is kept.
+
+    Parameters
+    ----------
+    config
+        The method and its settings.
+    window
+        Tokens that the model lets a query of these layers see, itself included; None if all.
+
+    Attributes
+    ----------
+    length
+        Tokens taken, padding included. The first prompt ends at ``first_prompt`` of them, and
+        the last one at ``prompt_end``.
+    step
+        t of Eq. 10: 0 after a prompt, then the number of decode steps since.
+    seen, budget, window
+        (batch,) int64: real tokens so far, k and w.
+    frozen_before
+        (batch,) int64: where the recent window began when the first prompt had been read.
+    shared
+        (batch, batch) int64: how many first tokens two sequences have from one forward, as
+        beams do, so that their keys and values are the same.
+    positions, places
+        (batch, tokens) int64 of the tokens taken last, -1 for padding: in the text, and what
+        the model's position scheme is told.
+    largest_budget
+        The largest k of the batch.
+    reserved
+        Tokens that are to find slots without any being added; 0 where they may be.
+    """
+
+    _per_sequence = ("seen", "budget", "window", "frozen_before", "shared")
+    budget: Tensor
+    window: Tensor
+    frozen_before: Tensor
+    shared: Tensor
+    positions: Tensor
+    places: Tensor
+    largest_budget: int
+
+    def __init__(self, config: KeyformerConfig, window: int | None = None) -> None:
+        self.config = config
+        self.model_window = window
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything, budgets included."""
+        self.length = self.first_prompt = self.prompt_end = self.step = 0
+        self.reserved = 0
+        self.seen = torch.zeros(1, dtype=torch.int64)
+
+    @property
+    def in_first_prompt(self) -> bool:
+        """Whether the tokens taken last are of the first prompt."""
+        return self.length <= self.first_prompt
+
+    def expect(self, real: Tensor) -> None:
+        """Announce a prompt, which may come in chunks; the first one fixes the budgets.
+
+        Parameters
+        ----------
+        real
+            (batch, tokens) bool of the whole prompt, False for padding.
+        """
+        if not self.first_prompt:
+            self._begin(real)
+        self.prompt_end = self.length + real.shape[1]
+
+    def take(self, real: Tensor) -> None:
+        """Count new tokens in. More than one, or the first, are a prompt if none is expected.
+
+        Waits for the device at the first prompt alone, and changes what it holds in place.
+
+        Parameters
+        ----------
+        real
+            (batch, tokens) bool, False for padding.
+        """
+        tokens = real.shape[1]
+        starts_prompt = tokens > 1 or not self.length
+        if starts_prompt and self.length >= self.prompt_end:
+            self.expect(real)
+        count = real.cumsum(dim=-1)
+        self.positions = self.places = _after(self.seen, count, real)
+        if self.config.positions == "new":
+            self.places = self.next_places(real)
+        self.seen += count[:, -1]
+        self.advance(tokens)
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens, padding included, whose sequences the device has counted already."""
+        self.length += tokens
+        self.step = 0 if self.length <= self.prompt_end else self.step + 1
+
+    def _begin(self, real: Tensor) -> None:
+        """Fix k and w of each sequence by its number of real prompt tokens."""
+        lengths = real.sum(dim=-1)
+        self.budget = self._budgets(lengths)
+        budgets = self.budget.tolist()
+        windows = [self.config.recent_window(k) for k in budgets]
+        self.window = torch.tensor(windows, device=real.device)
+        self.largest_budget = max(budgets)
+        self.first_prompt = real.shape[1]
+        self.frozen_before = self.window_start(lengths)
+        self.seen = torch.zeros_like(lengths)
+        self._share_nothing()
+
+    def _share_nothing(self) -> None:
+        batch = len(self.seen)
+        self.shared = torch.zeros(batch, batch, dtype=torch.int64, device=self.seen.device)
+
+    def window_start(self, seen: Tensor) -> Tensor:
+        """The first position of the recent window after ``seen`` (batch,) tokens."""
+        return seen - (self.config.dilation + 1) * self.window
+
+    def next_places(self, real: Tensor) -> Tensor:
+        """The places of new tokens: after the text so far, or after the filled slots.
+
+        Parameters
+        ----------
+        real
+            (batch, tokens) bool, False for padding.
+
+        Returns
+        -------
+        Tensor
+            (batch, tokens) int64, -1 for padding.
+        """
+        count = real.cumsum(dim=-1)
+        return _after(self._first_place(count[:, -1]), count, real)
+
+    def places_needed(self, real: Tensor, new_tokens: int) -> int:
+        """How many places new tokens, chunk by chunk, and those generated after them take.
+
+        Parameters
+        ----------
+        real
+            (batch, tokens) bool, False for padding.
+        new_tokens
+            Tokens generated after them, of which the last is not fed back; at least 1.
+        """
+        count = real.sum(dim=-1)
+        seen = self.seen.to(count.device)
+        at_end = seen + count + new_tokens - 1
+        if self.config.positions == "original":
+            return int(at_end.max())
+        budgets = self._budgets(count)
+        chunk = self.config.prefill_chunk or real.shape[1]
+        before = torch.arange(0, real.shape[1], chunk, device=count.device)[:, None].minimum(count)
+        needed = torch.minimum(seen + before, budgets) + (count - before).clamp(max=chunk)
+        return int(torch.maximum(needed.amax(dim=0), torch.minimum(at_end, budgets + 1)).max())
+
+    def _first_place(self, count: Tensor) -> Tensor:
+        """The place after those taken, (batch,) int64, where ``count`` real tokens are new."""
+        seen = self.seen.to(count.device)
+        if self.config.positions == "original":
+            return seen
+        return torch.minimum(seen, self._budgets(count))
+
+    def _budgets(self, count: Tensor) -> Tensor:
+        """k of each sequence, (batch,) int64: by its tokens if this is its first prompt."""
+        if self.first_prompt:
+            return self.budget.to(count.device)
+        budgets = torch.tensor([self.config.budget(int(n)) for n in count], device=count.device)
+        window = self.model_window
+        return budgets if window is None else budgets.clamp(max=max(1, window - 1))
+
+    def on(self, device: torch.device) -> Text:
+        """The same on the device of a layer that is not where the model begins."""
+        if self.seen.device == device:
+            return self
+        there = copy.copy(self)
+        for name in (*self._per_sequence, "positions", "places"):
+            setattr(there, name, getattr(self, name).to(device))
+        return there
+
+    def select(self, index: Tensor) -> None:
+        """Take the sequences ``index`` (batch,) instead; in place if they are as many."""
+        if not self.first_prompt:
+            return
+        index = index.to(self.seen.device, torch.int64)
+        for name in ("seen", "budget", "window", "frozen_before"):
+            old = getattr(self, name)
+            taken = old.index_select(0, index)
+            setattr(self, name, old.copy_(taken) if taken.shape == old.shape else taken)
+        if len(index) != len(self.shared):
+            self._share_nothing()
+        same = index[:, None] == index
+        self.shared = torch.where(same, self.seen, self.shared[index[:, None], index])
+
+
+def _after(first: Tensor, count: Tensor, real: Tensor) -> Tensor:
+    """Numbers of the real tokens from ``first`` (batch,) on, -1 for padding; (batch, tokens)."""
+    return (first[:, None] + (count - 1)).masked_fill(~real, -1)

@@ -1,0 +1,99 @@
+"""benchmarks/ and the paper's speed figures, end to end on a tiny model: no speed is judged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import script
+
+from keyformer import InputError, KeyformerConfig
+from keyformer.evaluation.speed import ENGINES, Bench
+
+SCRIPTS = {
+    ("benchmarks", "decode"): (["--prompt", "24", "--batch", "2"], len(ENGINES)),
+    ("benchmarks", "prefill"): (["--prompt", "24"], len(ENGINES)),
+    ("benchmarks", "generate"): (
+        ["--prompt", "16", "--new", "5", "--batch", "1", "--beams", "1", "2"],
+        2 * len(ENGINES),
+    ),
+    ("paper", "fig1"): (["--length", "16", "20", "--stretch", "2"], 6),
+    ("paper", "fig9_table1"): (["--prompt", "16", "--stretch", "2", "--beams", "2"], 4),
+    ("paper", "fig10"): (["--prompt", "16"], 3),
+}
+
+
+@pytest.mark.parametrize(("folder", "name"), SCRIPTS)
+def test_scripts_write_a_record(tmp_path, capsys, folder: str, name: str) -> None:
+    flags, count = SCRIPTS[folder, name]
+    output = tmp_path / "new" / f"{name}.json"
+    common = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--repeats", "1"]
+    script(folder, name).main([*common, *flags, "--output", str(output)])
+    record = json.loads(output.read_text())
+    for field in ("command", "commit", "device", "versions", "flags"):
+        assert record[field]
+    rows = record["rows"]
+    assert len(rows) == count
+    assert all(row["model"] == "tiny" for row in rows)
+    assert {row["engine"] for row in rows} <= set(ENGINES)
+    timed = {"ms", "seconds", "attention_ms"}
+    assert all(isinstance(row[field], float) for row in rows for field in timed & set(row))
+    assert all(timed & set(row) for row in rows)
+    pictures = {path.suffix for path in output.parent.iterdir()} - {".json"}
+    assert pictures == ({".png", ".svg"} if folder == "paper" else set())
+    assert "keyformer" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench("tiny", torch.float32, torch.device("cpu"), repeats=1)
+
+
+def test_the_engines_share_weights_and_text(bench: Bench) -> None:
+    ours = dict(bench.evicting.named_parameters())
+    for name, parameter in bench.stock.named_parameters():
+        assert parameter is ours[name]
+    text = bench.tokens(1, 9)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    expected = bench.model(None).generate(text, **options)
+    got = bench.model(KeyformerConfig.preset("full")).generate(text, **options)
+    assert torch.equal(expected, got)
+
+
+def test_the_floor_is_bytes_over_bandwidth(bench: Bench) -> None:
+    """Two layers of 64: an embedding that is the output too, 12 d^2 a layer, three norms."""
+    assert bench.weight_bytes == 4 * (64 * 64 + 2 * 12 * 64**2 + 5 * 64)
+    half = KeyformerConfig(kv_cache=50)
+    for config, kept in ((None, 30), (KeyformerConfig.preset("full"), 30), (half, 15)):
+        assert bench.kept_bytes(config, 3, 30) == 2 * 2 * 3 * kept * 64 * 4
+    bench.bandwidth = 1e6
+    assert bench.floor_ms(half, 3, 30) == pytest.approx(
+        1e-3 * (bench.weight_bytes + bench.kept_bytes(half, 3, 30))
+    )
+
+
+def test_out_of_memory_is_a_result(bench: Bench) -> None:
+    def measure(batch: int) -> dict:
+        raise torch.OutOfMemoryError(f"batch {batch}")
+
+    assert bench.attempt(measure, 3) == {"ms": "out of memory"}
+
+
+@pytest.mark.parametrize("fitting", [0, 1, 2, 5, 8])
+def test_largest_batch(bench: Bench, monkeypatch, fitting: int) -> None:
+    monkeypatch.setattr(bench, "fits", lambda config, batch, *of: batch <= fitting)
+    largest = script("benchmarks", "batch").largest
+    assert largest(bench, KeyformerConfig(), 10, 10) == fitting
+
+
+def test_unusable_flags(tmp_path) -> None:
+    output = ["--output", str(tmp_path / "record.json")]
+    with pytest.raises(InputError, match="--prompt"):
+        script("benchmarks", "decode").main(["--prompt", "8", "0", *output])
+    with pytest.raises(InputError, match="GPU"):
+        script("benchmarks", "batch").main(["--device", "cpu", *output])
+    with pytest.raises(SystemExit) as stopped:
+        script("benchmarks", "decode").main(["--model", "gpt-5", *output])
+    assert stopped.value.code == 2
+    assert not list(tmp_path.iterdir())

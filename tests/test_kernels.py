@@ -1,0 +1,357 @@
+"""The Triton kernels against the torch backend and the oracle: on a GPU, or interpreted.
+
+Without a GPU they run in Triton's interpreter. Both backends draw the same noise. Sizes are
+such that prompts and slots fill more than one block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import contextmanager
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cases import Case
+from conftest import small_stock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_algorithm import cases, check_against_oracle
+from transformers import PreTrainedConfig
+
+import keyformer.kernels
+import keyformer.replay
+from keyformer import InputError, KeyformerCache, KeyformerConfig, enable_keyformer
+from keyformer.config import METHODS
+from keyformer.kernels.noise import LOG2_E, head_row, query_row, spread, zeta
+from keyformer.score import first_row, noise
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF_PRECISION = [torch.float16]
+if DEVICE == "cuda":
+    HALF_PRECISION.append(torch.bfloat16)  # the interpreter has no such products
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def with_backend(case: Case, backend: str) -> Case:
+    config = dataclasses.replace(case.config, backend=backend)
+    return dataclasses.replace(case, config=config, device=DEVICE)
+
+
+def check_same(case: Case, tolerance: float = 1e-4) -> None:
+    """Outputs, slots, positions and scores after every forward call."""
+    runs = [with_backend(case, backend).run() for backend in ("torch", "triton")]
+    for (expected, part, expected_output), (got, _, output) in zip(*runs, strict=True):
+        real = case.real(*part)
+        error = (output - expected_output).transpose(1, 2)[real].abs().max()
+        assert error < tolerance
+        expected, got = expected.layers[0], got.layers[0]
+        held = min(layer.positions.shape[-1] for layer in (expected, got))
+        assert torch.equal(got.positions[..., :held], expected.positions[..., :held])
+        for layer in (expected, got):
+            assert (layer.positions[..., held:] == -1).all()  # reserved, or grown in a block
+        filled = expected.positions[..., :held] >= 0
+        for name in ("keys", "values", "scores"):
+            ours, theirs = (getattr(layer, name)[:, :, :held] for layer in (got, expected))
+            assert torch.allclose(ours[filled], theirs[filled], atol=tolerance), name
+
+
+@settings(max_examples=15, deadline=None)
+@given(case=cases)
+def test_equals_literal_algorithm(case: Case) -> None:
+    """Every option, position scheme and group, padded batches, later prompts: Algorithm 1."""
+    check_against_oracle(with_backend(case, "triton"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods(method: str) -> None:
+    config = KeyformerConfig.preset(method, kv_cache=80, seed=3)
+    check_same(Case(config, 1, 2, [150, 90], [1, 1, 20, 1], alibi=True, seed=0))
+
+
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 4), (80, 1), (128, 1), (256, 1)])
+def test_head_sizes(head_dim: int, group: int) -> None:
+    config = KeyformerConfig(kv_cache=90, seed=3)
+    check_same(Case(config, 1, group, [150, 140], [1, 1, 3, 1], False, 0, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("dtype", HALF_PRECISION)
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Close to what the same numbers give in float32."""
+    config = KeyformerConfig(kv_cache=100, seed=3, backend="triton")
+    exact = Case(config, 1, 2, [60, 40], [1, 1], True, 0, head_dim=64, device=DEVICE)
+    half = dataclasses.replace(exact)
+    for name in ("query", "key", "value"):
+        rounded = getattr(exact, name).to(dtype)
+        setattr(half, name, rounded)
+        setattr(exact, name, rounded.float())
+    for (one, part, output), (other, _, expected) in zip(half.run(), exact.run(), strict=True):
+        real = exact.real(*part)
+        error = (output.float() - expected).transpose(1, 2)[real].norm()
+        assert error < 0.01 * expected.transpose(1, 2)[real].norm()
+        scores = [cache.layers[0].scores.sum(-1) for cache in (one, other)]
+        assert torch.allclose(*scores, rtol=0.01)
+        assert one.layers[0].keys.dtype == output.dtype == dtype
+
+
+def test_prompts_in_chunks() -> None:
+    """Padding last in a chunk, a chunk of one token, and one that is padding alone."""
+    case = Case(KeyformerConfig(kv_cache=50, seed=3), 1, 2, [23, 9], [1, 1], True, 0)
+    slots = []
+    for backend in ("torch", "triton"):
+        one = with_backend(case, backend)
+        cache = KeyformerCache(PreTrainedConfig(num_hidden_layers=1), one.config)
+        cache.max_new_tokens = 3
+        real = one.real(0, 23).flip(1)
+        one.real = lambda start, end, real=real: (
+            real[:, start:end] if start < 23 else real[:, :1].expand(-1, end - start)
+        )
+        cache.expect(real)
+        outputs = [
+            one.attend(cache, 0, *piece).transpose(1, 2)[one.real(*piece)]
+            for piece in ((0, 11), (11, 22), (22, 23), (23, 24), (24, 25))
+        ]
+        layer = cache.layers[0]
+        slots.append((torch.cat(outputs), layer.scores, layer.keys, layer.positions))
+    for ours, theirs in zip(*slots, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+class Gap(Case):
+    """The first sequence has padding in column 31."""
+
+    def real(self, start: int, end: int) -> torch.Tensor:
+        real = super().real(start, end)
+        real[0] &= torch.arange(start, end, device=self.device) != 31
+        return real
+
+
+def test_padding_in_a_decode_step_changes_nothing() -> None:
+    config = KeyformerConfig(kv_cache=50, seed=3)
+    case = Gap(config, 2, 1, [20, 30], [1, 1, 1], alibi=True, seed=0)
+    check_same(case)
+    slots = [
+        [getattr(cache.layers[0], name).clone() for name in ("positions", "scores", "keys")]
+        for cache, _, _ in with_backend(case, "triton").run()
+    ]
+    for before, after in zip(slots[1], slots[2], strict=True):
+        assert torch.equal(before[0], after[0])
+        assert not torch.equal(before[1], after[1])
+
+
+def test_shared_scores() -> None:
+    config = KeyformerConfig(kv_cache=40, score="shared", seed=7)
+    layers = [
+        Case(config, 2, 2, [17, 9], [1] * 5, alibi=True, seed=seed, device=DEVICE)
+        for seed in range(2)
+    ]
+    caches = []
+    for backend in ("torch", "triton"):
+        config = dataclasses.replace(config, backend=backend)
+        caches.append(KeyformerCache(PreTrainedConfig(num_hidden_layers=2), config))
+        for part in layers[0].forwards():
+            for number, case in enumerate(layers):
+                case.attend(caches[-1], number, *part)
+    for ours, theirs in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert torch.equal(ours.positions, theirs.positions)
+        assert torch.allclose(ours.scores, theirs.scores, atol=1e-4)
+
+
+@triton.jit
+def _draw(out, row, sequence, head, NOISE: tl.constexpr, KEYS: tl.constexpr):
+    query, key = tl.program_id(0), tl.arange(0, KEYS)
+    drawn = zeta(query_row(head_row(row, sequence, head), query, False), spread(key), NOISE)
+    tl.store(out + query * KEYS + key, drawn / LOG2_E)
+
+
+@pytest.mark.parametrize("kind", ["gumbel", "gaussian"])
+def test_noise_is_that_of_score(kind: str) -> None:
+    """But for a constant, hash by hash, far into both tails, which few draws reach."""
+    queries, keys, seed, layer = 16, 2**16, 2**40 + 5, 3
+    got = torch.empty(queries, keys, device=DEVICE)
+    _draw[(queries,)](got, first_row(seed, layer), 1, 2, NOISE=kind, KEYS=keys)
+    places = torch.arange(keys)
+    expected = noise(kind, seed, layer, 4, places[:queries].expand(2, -1), places.expand(2, 2, -1))
+    differences = got.cpu() - expected[1, 2]
+    assert torch.allclose(differences, differences.mean(), atol=1e-4)
+    assert expected.max() > 5
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "settings_"),
+    [
+        ("mpt", {"num_beams": 2}, {}),
+        ("gptj", {}, {"positions": "new"}),
+        ("gptj", {"num_beams": 2}, {}),
+        ("cerebras", {}, {"score": "shared"}),
+    ],
+)
+def test_generate(arch: str, options, settings_) -> None:
+    """Greedy and with beams, whose slots the reordering kernel changes in place."""
+    model = small_stock(arch, heads=2).to(DEVICE)
+    prompt = torch.randint(1, 61, (2, 14), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    mask = torch.ones_like(prompt)
+    mask[0, :5] = 0
+    texts = []
+    for backend in ("torch", "triton"):
+        config = KeyformerConfig(kv_cache=60, seed=1, backend=backend, **settings_)
+        model = enable_keyformer(model, config)
+        texts.append(
+            model.generate(
+                prompt, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, **options
+            )
+        )
+    assert torch.equal(*texts)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    rounds=st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=1, max_size=3),
+    seed=st.integers(0, 100),
+)
+def test_reordering_equals_a_copy_of_every_row(rounds: list[list[int]], seed: int) -> None:
+    """Any parents, swaps and cycles among them, with steps in between."""
+    config = KeyformerConfig(kv_budget=6, seed=seed)
+    case = Case(config, 1, 1, [9, 5, 9, 7], [1] * len(rounds), alibi=False, seed=seed)
+    caches = {}
+    for backend in ("torch", "triton"):
+        run = with_backend(case, backend).run()
+        cache, *_ = next(run)
+        for parents in rounds:
+            cache.reorder_cache(torch.tensor(parents, device=DEVICE))
+            next(run)
+        caches[backend] = cache
+    for name in ("positions", "scores", "keys", "values"):
+        ours, theirs = (getattr(cache.layers[0], name) for cache in caches.values())
+        assert torch.allclose(ours, theirs, atol=1e-5), name
+
+
+def test_reordering_copies_only_what_differs() -> None:
+    """After a copy two rows have their text in common until each goes on by itself."""
+    config = KeyformerConfig(kv_budget=6, seed=0, backend="triton")
+    case = Case(config, 1, 1, [8, 8], [1] * 3, alibi=False, seed=0, device=DEVICE)
+    run = case.run()
+    cache, *_ = next(run)
+    cache.reorder_cache(torch.tensor([0, 0], device=DEVICE))
+    next(run)
+    keys = cache.layers[0].keys
+    common = cache.layers[0].positions[0] == cache.layers[0].positions[1]
+    common &= cache.layers[0].positions[0] < 8
+    assert common.any()
+    mark = keys[1].clone()
+    keys[1][common] = 7.0  # would be overwritten by a copy of the whole row
+    cache.reorder_cache(torch.tensor([0, 0], device=DEVICE))
+    assert (keys[1][common] == 7.0).all()
+    keys[1][common] = mark[common]
+    assert torch.equal(keys[0], keys[1])
+
+
+class Recording:
+    """A CUDA graph on a CPU: capturing changes no tensor, replaying computes anew in place."""
+
+    model = cache = None
+
+    @contextmanager
+    def capture(self):
+        tensors = [
+            getattr(owner, name)
+            for owner in (self.cache.text, *self.cache.layers)
+            for name in owner.__dict__
+            if isinstance(getattr(owner, name), torch.Tensor)
+        ]
+        before = [tensor.clone() for tensor in tensors]
+        yield
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+
+    def replay(self) -> None:
+        graph, text, layers = self.cache.graph, self.cache.text, self.cache.layers
+        counted = text.length, text.step
+        text.length, text.step = counted[0] - 1, counted[1] - 1
+        for layer in layers:
+            layer.length -= 1
+        output = self.model.forward(**graph.inputs, past_key_values=self.cache)
+        graph.logits.copy_(output.logits)
+        assert (text.length, text.step) == counted
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"), [("mpt", {}), ("mpt", {"num_beams": 2}), ("gptj", {"do_sample": True})]
+)
+def test_replayed_steps_equal_run_ones(monkeypatch, arch: str, options) -> None:
+    """All steps of generate but the first, and those of a second prompt on the same cache."""
+    model = small_stock(arch, layers=1, heads=2).to(DEVICE)
+    config = KeyformerConfig(kv_budget=9, seed=1, backend="triton")
+    prompts = torch.randint(1, 61, (2, 2, 7), generator=torch.Generator().manual_seed(2))
+    prompts = prompts.to(DEVICE)
+    beams = options.get("num_beams", 1)
+    ends = []
+    for least in (100, 2):
+        monkeypatch.setattr(keyformer.replay, "LEAST_STEPS", least)
+        model = enable_keyformer(model, config)
+        cache = KeyformerCache(model.config, config)
+        if DEVICE == "cpu":
+            monkeypatch.setattr(Recording, "model", model)
+            monkeypatch.setattr(Recording, "cache", cache)
+            monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+            monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph.capture())
+            monkeypatch.setattr(keyformer.replay, "CAPTURED_ON", ("cpu",))
+        torch.manual_seed(0)
+        text = prompts[0]
+        for tokens, prompt in ((6, prompts[1]), (4, prompts[1][:, :0]))[: 3 - beams]:
+            chosen = {"max_new_tokens": tokens, "min_new_tokens": tokens, **options}
+            text = model.generate(text, past_key_values=cache, **chosen)
+            text = torch.cat([text, prompt], dim=-1)
+        assert (cache.graph is not None) == (least == 2)
+        ends.append((text, cache.layers[0].positions, torch.tensor(cache.get_seq_length())))
+    assert all(map(torch.equal, *ends))
+
+
+def test_a_model_that_cannot_be_captured_is_run(monkeypatch) -> None:
+    """With a warning that says why; the steps go on where they were."""
+    model = small_stock("mpt", layers=1, heads=2).to(DEVICE)
+    config = KeyformerConfig(kv_budget=6, seed=1, backend="triton")
+    prompt = torch.randint(1, 61, (1, 7), device=DEVICE)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6}
+    expected = enable_keyformer(model, config).generate(prompt, **options)
+    monkeypatch.setattr(keyformer.replay, "CAPTURED_ON", (DEVICE,))
+    monkeypatch.setattr(keyformer.replay, "LEAST_STEPS", 1)
+
+    def refuse() -> None:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
+    with pytest.warns(UserWarning, match="run, not replayed: operation not permitted$"):
+        assert torch.equal(model.generate(prompt, **options), expected)
+
+
+def test_where_kernels_cannot_run(monkeypatch) -> None:
+    """auto takes torch and triton says why not."""
+
+    def query(**options) -> torch.Tensor:
+        return torch.zeros(1, 1, 1, options.pop("head_dim", 64), **options)
+
+    assert keyformer.kernels.run_on("triton", query())
+    assert not keyformer.kernels.run_on("auto", query())  # no GPU: the interpreter is slow
+    assert not keyformer.kernels.run_on("torch", query())
+    for impossible, others, reason in (
+        (query(dtype=torch.float64), {}, "float64"),
+        (query(head_dim=320), {}, "320"),
+        (query(), {"softcap": 30.0, "window": None}, "softcap is 30"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            keyformer.kernels.run_on("triton", impossible, **others)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(InputError, match="on cpu"):
+        keyformer.kernels.run_on("triton", query())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(keyformer.kernels, "INSTALLED", False)
+        with pytest.raises(InputError, match="not installed"):
+            keyformer.kernels.run_on("triton", query())
