@@ -117,11 +117,7 @@ class Text:
         self.first_prompt = real.shape[1]
         self.frozen_before = self.window_start(lengths)
         self.seen = torch.zeros_like(lengths)
-        self._share_nothing()
-
-    def _share_nothing(self) -> None:
-        batch = len(self.seen)
-        self.shared = torch.zeros(batch, batch, dtype=torch.int64, device=self.seen.device)
+        self.shared = torch.zeros_like(lengths).repeat(len(lengths), 1)
 
     def window_start(self, seen: Tensor) -> Tensor:
         """The first position of the recent window after ``seen`` (batch,) tokens."""
@@ -197,8 +193,6 @@ class Text:
             old = getattr(self, name)
             taken = old.index_select(0, index)
             setattr(self, name, old.copy_(taken) if taken.shape == old.shape else taken)
-        if len(index) != len(self.shared):
-            self._share_nothing()
         same = index[:, None] == index
         self.shared = torch.where(same, self.seen, self.shared[index[:, None], index])
 
