@@ -178,7 +178,7 @@ def test_the_first_turn_and_the_narrative_decide_the_other_turns():
 
 
 @pytest.mark.parametrize("shape", list(corpus.SHAPES))
-def test_only_the_right_choice_is_stated_in_the_report(shape):
+def test_choices_differ_and_the_right_one_states_facts_of_the_report(shape):
     golds = []
     for made in EVAL_QUESTIONS[shape]:
         choices, gold = corpus.options(shape, made.document)
