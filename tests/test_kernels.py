@@ -23,7 +23,8 @@ from transformers import PreTrainedConfig
 import keyformer.kernels
 import keyformer.replay
 from keyformer import InputError, KeyformerCache, KeyformerConfig, enable_keyformer
-from keyformer.config import METHODS
+from keyformer.cache import KeyformerLayer
+from keyformer.config import CACHE_DTYPES, METHODS
 from keyformer.kernels.noise import LOG2_E, head_row, query_row, spread, zeta
 from keyformer.score import first_row, noise
 
@@ -58,7 +59,7 @@ def check_same(case: Case, tolerance: float = 1e-4) -> None:
         for layer in (expected, got):
             assert (layer.positions[..., held:] == -1).all()  # reserved, or grown in a block
         filled = expected.positions[..., :held] >= 0
-        for name in ("keys", "values", "scores"):
+        for name in ("keys", "key_scales", "values", "value_scales", "scores"):
             ours, theirs = (getattr(layer, name)[:, :, :held] for layer in (got, expected))
             assert torch.allclose(ours[filled], theirs[filled], atol=tolerance), name
 
@@ -80,6 +81,16 @@ def test_methods(method: str) -> None:
 def test_head_sizes(head_dim: int, group: int) -> None:
     config = KeyformerConfig(kv_cache=90, seed=3)
     check_same(Case(config, 1, group, [150, 140], [1, 1, 3, 1], False, 0, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("kind", CACHE_DTYPES[1:])
+@pytest.mark.parametrize("positions", ["original", "new"])
+def test_quantized_slots(kind: str, positions: str) -> None:
+    """Read as they are stored, but where keys are rotated when they are read; 2 scales of int4."""
+    config = KeyformerConfig(kv_cache=80, seed=3, cache_dtype=kind, positions=positions)
+    check_same(
+        Case(config, 1, 2, [150, 90], [1, 1, 3, 1], True, 0, positions == "new", head_dim=64)
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF_PRECISION)
@@ -164,11 +175,12 @@ def test_shared_scores() -> None:
         assert torch.allclose(ours.scores, theirs.scores, atol=1e-4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row", "sequence", "head"])
 def _draw(out, row, sequence, head, NOISE: tl.constexpr, KEYS: tl.constexpr):
-    query, key = tl.program_id(0), tl.arange(0, KEYS)
+    query, part = tl.program_id(0), tl.program_id(1)
+    key = part * KEYS + tl.arange(0, KEYS)
     drawn = zeta(query_row(head_row(row, sequence, head), query, False), spread(key), NOISE)
-    tl.store(out + query * KEYS + key, drawn / LOG2_E)
+    tl.store(out + query * KEYS * tl.num_programs(1) + key, drawn / LOG2_E)
 
 
 @pytest.mark.parametrize("kind", ["gumbel", "gaussian"])
@@ -176,7 +188,7 @@ def test_noise_is_that_of_score(kind: str) -> None:
     """But for a constant, hash by hash, far into both tails, which few draws reach."""
     queries, keys, seed, layer = 16, 2**16, 2**40 + 5, 3
     got = torch.empty(queries, keys, device=DEVICE)
-    _draw[(queries,)](got, first_row(seed, layer), 1, 2, NOISE=kind, KEYS=keys)
+    _draw[(queries, 16)](got, first_row(seed, layer), 1, 2, NOISE=kind, KEYS=keys // 16)
     places = torch.arange(keys)
     expected = noise(kind, seed, layer, 4, places[:queries].expand(2, -1), places.expand(2, 2, -1))
     differences = got.cpu() - expected[1, 2]
@@ -211,14 +223,33 @@ def test_generate(arch: str, options, settings_) -> None:
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize("width", [48, 64])
+@pytest.mark.parametrize("parameters", [0, 1, 2])
+def test_layer_norm_while_a_step_is_captured(width: int, parameters: int) -> None:
+    """That of torch, with weight, bias, both or neither, and of two dimensions."""
+    given = torch.randn(3 + parameters, 5, 1, width, device=DEVICE) + 2
+    rows, weights = given[0], given[3:, 0, 0]
+    layer = torch.nn.LayerNorm(width, elementwise_affine=False, device=DEVICE)
+    for name, weight in zip(("weight", "bias"), weights, strict=False):
+        setattr(layer, name, torch.nn.Parameter(weight))
+    expected = layer(rows)
+    with keyformer.replay.FewRows():
+        assert torch.allclose(layer(rows), expected, atol=1e-5)
+        functional = torch.nn.functional.layer_norm(rows, rows.shape[1:])
+    assert torch.allclose(functional, torch.nn.functional.layer_norm(rows, rows.shape[1:]))
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     rounds=st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=1, max_size=3),
     seed=st.integers(0, 100),
+    kind=st.sampled_from(CACHE_DTYPES),
 )
-def test_reordering_equals_a_copy_of_every_row(rounds: list[list[int]], seed: int) -> None:
+def test_reordering_equals_a_copy_of_every_row(
+    rounds: list[list[int]], seed: int, kind: str
+) -> None:
     """Any parents, swaps and cycles among them, with steps in between."""
-    config = KeyformerConfig(kv_budget=6, seed=seed)
+    config = KeyformerConfig(kv_budget=6, seed=seed, cache_dtype=kind)
     case = Case(config, 1, 1, [9, 5, 9, 7], [1] * len(rounds), alibi=False, seed=seed)
     caches = {}
     for backend in ("torch", "triton"):
@@ -228,7 +259,7 @@ def test_reordering_equals_a_copy_of_every_row(rounds: list[list[int]], seed: in
             cache.reorder_cache(torch.tensor(parents, device=DEVICE))
             next(run)
         caches[backend] = cache
-    for name in ("positions", "scores", "keys", "values"):
+    for name in KeyformerLayer._per_slot:
         ours, theirs = (getattr(cache.layers[0], name) for cache in caches.values())
         assert torch.allclose(ours, theirs, atol=1e-5), name
 
@@ -336,10 +367,11 @@ def test_where_kernels_cannot_run(monkeypatch) -> None:
     """auto takes torch and triton says why not."""
 
     def query(**options) -> torch.Tensor:
-        return torch.zeros(1, 1, 1, options.pop("head_dim", 64), **options)
+        return torch.zeros(1, 1, 1, options.pop("head_dim", 64), device=DEVICE, **options)
 
     assert keyformer.kernels.run_on("triton", query())
-    assert not keyformer.kernels.run_on("auto", query())  # no GPU: the interpreter is slow
+    # The interpreter is slow: without a GPU auto is the torch backend.
+    assert keyformer.kernels.run_on("auto", query()) == (DEVICE == "cuda")
     assert not keyformer.kernels.run_on("torch", query())
     for impossible, others, reason in (
         (query(dtype=torch.float64), {}, "float64"),
@@ -348,9 +380,9 @@ def test_where_kernels_cannot_run(monkeypatch) -> None:
     ):
         with pytest.raises(InputError, match=reason):
             keyformer.kernels.run_on("triton", impossible, **others)
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(InputError, match="on cpu"):
-        keyformer.kernels.run_on("triton", query())
+        keyformer.kernels.run_on("triton", query().cpu())
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(keyformer.kernels, "INSTALLED", False)
         with pytest.raises(InputError, match="not installed"):

@@ -55,6 +55,8 @@ class KeyformerLayer(CacheLayerMixin):
         of a head fill in their order.
     scores
         (batch, kv_heads, slots) float32, accumulated f_theta (section 3.3.2).
+    finished
+        (batch, kv_heads) int32, zeros: the decode kernel's programs count themselves here.
     """
 
     is_sliding = False
@@ -81,6 +83,7 @@ class KeyformerLayer(CacheLayerMixin):
         self.values, self.value_scales = self._quantized(value_states[:, :, none])
         self.positions = torch.zeros(batch, heads, 0, dtype=torch.int64, device=self.device)
         self.scores = torch.zeros(batch, heads, 0, device=self.device)
+        self.finished = torch.zeros(batch, heads, dtype=torch.int32, device=self.device)
         self.is_initialized = True
 
     def place(self, key: Tensor, value: Tensor) -> Tokens:
@@ -179,15 +182,14 @@ class KeyformerLayer(CacheLayerMixin):
         from keyformer.kernels import decode
 
         self._grow()
-        query, slots, read, new = self._read(query, new, rotary)
+        query, slots, read, new = self._read(query, new, rotary, as_stored=True)
         evicts = self.config.score == "per_layer"
+        if self.finished.shape != self.positions.shape[:2]:
+            self.finished = self.positions.new_zeros(self.positions.shape[:2], dtype=torch.int32)
         output, new_scores = decode.step(
-            self.config,
-            self.text.on(self.device),
+            self,
             query,
             slots,
-            Tokens(self.keys, self.values, self.positions, self.positions),
-            self.scores,
             read,
             new,
             scorer,
@@ -200,24 +202,24 @@ class KeyformerLayer(CacheLayerMixin):
             self._arrivals = new, new_scores
         return output
 
-    def _beyond_kernels(self) -> dict[str, Any]:
-        """What of this layer the kernels do not know."""
-        kind = self.config.cache_dtype
-        return {"window": self.window, "cache_dtype": None if kind == "auto" else kind}
-
     def steps_on_kernels(self, query: Tensor, softcap: float | None) -> bool:
         """Whether :meth:`step` can stand for :meth:`attend` and :meth:`admit`."""
         return self.text.step > 0 and kernels.run_on(
-            self.config.backend, query, softcap=softcap, **self._beyond_kernels()
+            self.config.backend, query, softcap=softcap, window=self.window
         )
 
     def _read(
-        self, query: Tensor, new: Tokens, rotary: Rotary | None
+        self, query: Tensor, new: Tokens, rotary: Rotary | None, as_stored: bool = False
     ) -> tuple[Tensor, Tokens, Tokens, Tokens]:
-        """Query, slots and new tokens as attention reads them, and the new as they are stored."""
+        """Query, slots and new tokens as attention reads them, and the new as they are stored.
+
+        Where it reads the slots ``as_stored`` they are quantized, unless they are rotated first.
+        """
         moving = self.config.positions == "new"
         places = _ranks(self.positions) if moving else self.positions
-        slots = Tokens(*self.read(), self.positions, places)
+        as_stored &= rotary is None or not moving
+        keys, values = (self.keys, self.values) if as_stored else self.read()
+        slots = Tokens(keys, values, self.positions, places)
         if rotary is None:
             return query, slots, new, new
         query = rotary(query, new.places[:, :1])
@@ -373,18 +375,12 @@ class KeyformerLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give beam i the slots of beam ``beam_idx[i]``, positions and scores with them."""
         if self.is_initialized and kernels.reorder_on(
-            self.config.backend, self.keys, beam_idx, **self._beyond_kernels()
+            self.config.backend, self.scores, beam_idx, window=self.window
         ):
             from keyformer.kernels import reorder
 
-            reorder.take(
-                self.keys,
-                self.values,
-                self.positions,
-                self.scores,
-                beam_idx.to(self.device).contiguous(),
-                self.text.on(self.device).shared,
-            )
+            parents = beam_idx.to(self.device).contiguous()
+            reorder.take(self, parents, self.text.on(self.device).shared)
         else:
             self._select(beam_idx)
 

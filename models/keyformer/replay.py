@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers.utils import ModelOutput
 
 from keyformer.cache import KeyformerCache
@@ -50,8 +52,11 @@ def replayed(model: nn.Module, arguments: dict[str, Any]) -> ModelOutput | None:
     inputs = {name: arguments[name][:, -1:] for name in INPUTS if name in given}
     graph = cache.graph
     if graph is None or not graph.fits(model, cache, inputs):
-        if cache.text.step == 0 or cache.text.reserved - cache.text.length < LEAST_STEPS:
+        if cache.text.reserved - cache.text.length < LEAST_STEPS:
             return None
+        if cache.text.step == 0:
+            with FewRows():
+                return nn.Module.__call__(model, **arguments)
         cache.graph = graph = _captured(model, cache, inputs)
         if graph is None:
             return None
@@ -94,7 +99,7 @@ class DecodeGraph:
         self.addresses = _addresses(cache)
         self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"), FewRows():
             output = model.forward(**self.inputs, past_key_values=cache, return_dict=True)
         if not {"logits"} <= set(output) <= {"logits", "past_key_values"}:
             raise RuntimeError(f"the model returns {', '.join(output)}")
@@ -117,6 +122,20 @@ class DecodeGraph:
         cache.set_temperature()
         self.graph.replay()
         return self.output_type(logits=self.logits.clone(), past_key_values=cache)
+
+
+class FewRows(TorchFunctionMode):
+    """Takes layer norms by the kernel that is made for the few rows of a decode step."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The result of a function that a model calls while the step is captured."""
+        if function is functional.layer_norm:
+            from keyformer.kernels import norm
+
+            return norm.layer_norm(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
 
 
 def _addresses(cache: KeyformerCache) -> list[int]:

@@ -52,13 +52,13 @@ def run_on(backend: str, query: Tensor, **others: Any) -> bool:
     return True
 
 
-def reorder_on(backend: str, keys: Tensor, parents: Tensor, **others: Any) -> bool:
-    """Whether a kernel is to give the rows of ``keys`` to the beams ``parents``."""
-    if len(parents) != len(keys) or not run_on(backend, keys, **others):
+def reorder_on(backend: str, scores: Tensor, parents: Tensor, **others: Any) -> bool:
+    """Whether a kernel is to give the slots of rows, with ``scores``, to the beams ``parents``."""
+    if len(parents) != len(scores) or not run_on(backend, scores[..., :1], **others):
         return False
     from keyformer.kernels.reorder import LARGEST_BATCH
 
-    return len(keys) <= LARGEST_BATCH
+    return len(scores) <= LARGEST_BATCH
 
 
 def attention(

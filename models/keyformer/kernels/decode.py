@@ -1,11 +1,15 @@
-"""One new token a sequence: attention over the slots, scores and eviction, in two kernels.
+"""One new token a sequence: attention over the slots, scores and eviction, in one kernel.
 
-The first reads each key and value once, a part of a head's slots in each program, so that
-one sequence fills the card. The second joins the parts; beside that, and at the same time,
-it adds up the scores, finds the token that leaves and writes the new one over it.
+Each program reads a part of a head's slots, so that one sequence fills the card; each key and
+value is read once. Further programs, which start last, wait for the parts of their head: one
+joins them, another adds up the scores, finds the token that leaves and writes the new one over
+it.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -13,10 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from keyformer.attention import Tokens
-from keyformer.config import KeyformerConfig
 from keyformer.kernels.noise import LOG2_E, head_row, query_row, spread, zeta
+from keyformer.kernels.tiles import slot_tile
+from keyformer.precision import quantize
 from keyformer.score import Scorer
-from keyformer.text import Text
+
+if TYPE_CHECKING:
+    from keyformer.cache import KeyformerLayer
 
 NOTHING = tl.constexpr(-1e30)
 """The running maximum of no logits."""
@@ -25,117 +32,111 @@ STAYS = tl.constexpr(torch.iinfo(torch.int64).max)
 """The rank of a token that may not leave."""
 
 
-@triton.jit(do_not_specialize=["row"])
+@triton.jit
 def _attend(
     query,
     keys,
+    key_scales,
     values,
-    positions,
+    value_scales,
     places,
     slopes,
-    seen,
-    budgets,
-    new_positions,
-    new_places,
-    tau,
+    head,
+    in_group,
+    place,
+    held,
+    scale,
     logits,
     stats,
     outputs,
-    query_stride_batch,
-    query_stride_head,
+    pair,
+    part,
+    part_slots,
     slots,
-    scale,
-    row,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
+    heads,
+    parts,
     HEAD_DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
-    PART: tl.constexpr,
     ALIBI: tl.constexpr,
     SCORED: tl.constexpr,
-    NOISE: tl.constexpr,
-    ONCE: tl.constexpr,
+    KEY_KIND: tl.constexpr,
+    KEY_ROW: tl.constexpr,
+    VALUE_KIND: tl.constexpr,
+    VALUE_ROW: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
-    """Softmax and mean of values over PART slots, and the logits that scores are made of."""
-    part, parts = tl.program_id(0), tl.num_programs(0)
-    batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
-    group = tl.arange(0, GROUP_BLOCK)
-    head = kv_head * GROUP + group
+    """Softmax and mean of values over a part of the slots, and the logits, for scores."""
     dim = tl.arange(0, DIM_BLOCK)
-    in_group, in_head = group < GROUP, dim < HEAD_DIM
-
-    new_position = tl.load(new_positions + batch)
-    held = tl.load(seen + batch) - (new_position >= 0).to(tl.int64)
-    held = tl.minimum(held, tl.load(budgets + batch)).to(tl.int32)
-    query += batch * query_stride_batch + head[:, None] * query_stride_head + dim[None, :]
-    q = tl.load(query, mask=in_group[:, None] & in_head[None, :], other=0.0)
+    real = in_group[:, None] & (dim < HEAD_DIM)[None, :]
+    q = tl.load(query, mask=real, other=0.0)
     factor = scale * LOG2_E
     if ALIBI:
-        slope = tl.load(slopes + head, mask=in_group, other=0.0) * LOG2_E
-        place = tl.load(new_places + batch)
-    if SCORED:
-        sharpness = 1.0 / tl.load(tau)
-        if NOISE != "none":
-            rows = query_row(head_row(row, batch, head), new_position, ONCE)
-
+        slope = tl.load(slopes + tl.arange(0, GROUP_BLOCK), mask=in_group, other=0.0) * LOG2_E
     top = tl.full([GROUP_BLOCK], NOTHING, tl.float32)
-    noisy_top = tl.full([GROUP_BLOCK], NOTHING, tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
-    noisy_total = tl.zeros([GROUP_BLOCK], tl.float32)
     output = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
-    first_slot = tl.program_id(1).to(tl.int64) * slots
-    first_logit = (batch * KV_HEADS * GROUP + head).to(tl.int64) * slots
-    end = tl.minimum(part * PART + PART, held)
-    for start in range(part * PART, end, BLOCK):
+    first = pair.to(tl.int64) * slots
+    keys += first * KEY_ROW
+    values += first * VALUE_ROW
+    key_scales += first * GROUPS
+    value_scales += first * GROUPS
+    end = tl.minimum(part * part_slots + part_slots, held)
+    for start in range(part * part_slots, end, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         filled = slot < held
-        vectors = (first_slot + slot)[:, None] * HEAD_DIM + dim[None, :]
-        there = filled[:, None] & in_head[None, :]
-        k = tl.load(keys + vectors, mask=there, other=0.0)
-        v = tl.load(values + vectors, mask=there, other=0.0)
-        if GROUP_BLOCK == 1:
-            x = tl.sum(k.to(tl.float32) * q.to(tl.float32), axis=1)[None, :]
-        else:
-            x = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-        x = x * factor
+        k = slot_tile(
+            keys,
+            key_scales,
+            start,
+            held,
+            q.dtype,
+            KEY_KIND,
+            GROUPS,
+            HEAD_DIM,
+            DIM_BLOCK,
+            BLOCK,
+        )
+        v = slot_tile(
+            values,
+            value_scales,
+            start,
+            held,
+            q.dtype,
+            VALUE_KIND,
+            GROUPS,
+            HEAD_DIM,
+            DIM_BLOCK,
+            BLOCK,
+        )
+        x = tl.dot(q, tl.trans(k), input_precision="tf32x3") * factor
         if ALIBI:
-            distance = tl.load(places + first_slot + slot, mask=filled, other=0) - place
+            distance = tl.load(places + first + slot, mask=filled, other=0) - place
             x += slope[:, None] * distance.to(tl.float32)[None, :]
         x = tl.where(filled[None, :], x, NOTHING)
-
+        if SCORED:
+            x_at = logits + head.to(tl.int64)[:, None] * slots + slot[None, :]
+            tl.store(x_at, x, mask=in_group[:, None] & filled[None, :])
         new_top = tl.maximum(top, tl.max(x, axis=1))
         weight = tl.exp2(x - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weight, axis=1)
-        if GROUP_BLOCK == 1:
-            mean = tl.sum(tl.trans(weight) * v.to(tl.float32), axis=0)[None, :]
-        else:
-            mean = tl.dot(weight.to(v.dtype), v, input_precision="tf32x3")
-        output = output * shrink[:, None] + mean
+        output *= shrink[:, None]
+        output = tl.dot(weight.to(v.dtype), v, output, input_precision="tf32x3")
         top = new_top
-        if SCORED:
-            if NOISE != "none":
-                position = tl.load(positions + first_slot + slot, mask=filled, other=0)
-                x += zeta(rows[:, None], spread(position)[None, :], NOISE)
-            x = tl.where(filled[None, :], x * sharpness, NOTHING)
-            new_top = tl.maximum(noisy_top, tl.max(x, axis=1))
-            noisy_total = noisy_total * tl.exp2(noisy_top - new_top)
-            noisy_total += tl.sum(tl.exp2(x - new_top[:, None]), axis=1)
-            noisy_top = new_top
-            x_at = logits + first_logit[:, None] + slot[None, :]
-            tl.store(x_at, x, mask=in_group[:, None] & filled[None, :])
 
-    heads = tl.num_programs(1) * GROUP
-    at = (batch * KV_HEADS * GROUP + head) * parts + part
+    at = head * parts + part
     tl.store(stats + at, top, mask=in_group)
     tl.store(stats + heads * parts + at, total, mask=in_group)
-    if SCORED:
-        tl.store(stats + 2 * heads * parts + at, noisy_top, mask=in_group)
-        tl.store(stats + 3 * heads * parts + at, noisy_total, mask=in_group)
-    outputs += at.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-    tl.store(outputs, output, mask=in_group[:, None] & in_head[None, :])
+    tl.store(outputs + at.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :], output, mask=real)
+
+
+@triton.jit
+def _wait(finished, parts):
+    """Until all parts of a head have been stored."""
+    while tl.atomic_add(finished, 0) < parts:
+        pass
 
 
 @triton.jit
@@ -146,6 +147,7 @@ def _join(
     stats,
     outputs,
     output,
+    finished,
     head,
     heads,
     parts,
@@ -163,6 +165,7 @@ def _join(
     mean = tl.load(value + dim, mask=in_head, other=0.0).to(tl.float32)
     top = tl.sum(q * k, axis=0) * (scale * LOG2_E)
     total = tl.full([], 1.0, tl.float32)
+    _wait(finished, parts)
     for start in range(0, used, PARTS_BLOCK):
         part = start + tl.arange(0, PARTS_BLOCK)
         at = head * parts + part
@@ -195,27 +198,171 @@ def _rank(
     return tl.where(recent | (position < safe_before), STAYS, rank)
 
 
-@triton.jit(do_not_specialize=["row"])
+@triton.jit
 def _settle(
+    query,
+    key,
+    stored_key,
+    stored_value,
+    stored_scales,
+    keys,
+    key_scales,
+    values,
+    value_scales,
+    positions,
+    scores,
+    head,
+    in_group,
+    rows,
+    sharpness,
+    seen,
+    held,
+    budget,
+    window,
+    frozen_before,
+    new_position,
+    scale,
+    forgetting,
+    damping,
+    logits,
+    new_scores,
+    finished,
+    pair,
+    pairs,
+    slots,
+    parts,
+    HEAD_DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCORED: tl.constexpr,
+    NOISE: tl.constexpr,
+    EVICTS: tl.constexpr,
+    MEAN: tl.constexpr,
+    FROZEN: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SINKS: tl.constexpr,
+    ROW: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_BLOCK: tl.constexpr,
+):
+    """Add up the scores of a head's slots, and write the new token over the one that leaves."""
+    dim = tl.arange(0, DIM_BLOCK)
+    in_head = dim < HEAD_DIM
+    first_slot = pair.to(tl.int64) * slots
+    new_key = tl.load(stored_key + dim, mask=dim < ROW, other=0)
+    new_value = tl.load(stored_value + dim, mask=dim < ROW, other=0)
+    new_score = tl.full([], 0.0, tl.float32)
+    if SCORED:
+        real = in_group[:, None] & in_head[None, :]
+        q = tl.load(query, mask=real, other=0.0).to(tl.float32)
+        k = tl.load(key + dim, mask=in_head, other=0.0).to(tl.float32)
+        x = tl.sum(q * k[None, :], axis=1) * (scale * LOG2_E)
+        if NOISE != "none":
+            x += zeta(rows, spread(new_position), NOISE)
+        x *= sharpness
+        top, total = x, tl.full([GROUP_BLOCK], 1.0, tl.float32)
+    _wait(finished, parts)
+    if SCORED:
+        for start in range(0, held, BLOCK):
+            slot = start + tl.arange(0, BLOCK)
+            filled = slot < held
+            y_at = logits + head.to(tl.int64)[:, None] * slots + slot[None, :]
+            there = in_group[:, None] & filled[None, :]
+            y = tl.load(y_at, mask=there, other=NOTHING)
+            if NOISE != "none":
+                position = tl.load(positions + first_slot + slot, mask=filled, other=0)
+                y += zeta(rows[:, None], spread(position)[None, :], NOISE)
+            y *= sharpness
+            tl.store(y_at, y, mask=there)
+            new_top = tl.maximum(top, tl.max(tl.where(there, y, NOTHING), axis=1))
+            total *= tl.exp2(top - new_top)
+            total += tl.sum(tl.where(there, tl.exp2(y - new_top[:, None]), 0.0), axis=1)
+            top = new_top
+        normal = top + tl.log2(total)
+        new_score = tl.sum(tl.where(in_group, tl.exp2(x - normal), 0.0), axis=0) * damping
+        tl.debug_barrier()  # what one thread has stored another may load
+
+    safe_before = tl.minimum(budget, SINKS)
+    if FROZEN:
+        safe_before = tl.maximum(safe_before, frozen_before)
+    window_start = seen - STRIDE * window
+    full = held == budget
+    lowest = tl.full([BLOCK], STAYS, tl.int64)
+    lowest_slot = tl.zeros([BLOCK], tl.int32)
+    end = held
+    if not SCORED:
+        end = tl.where(full, held, 0)
+    for start in range(0, end, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        filled = slot < held
+        score = tl.zeros([BLOCK], tl.float32)
+        if SCORED:
+            y_at = head.to(tl.int64)[:, None] * slots + slot[None, :]
+            y_there = in_group[:, None] & filled[None, :]
+            y = tl.load(logits + y_at, mask=y_there, other=NOTHING)
+            given = tl.sum(tl.exp2(y - normal[:, None]), axis=0)
+            score = tl.load(scores + first_slot + slot, mask=filled, other=0.0)
+            score = score * forgetting + given * damping
+            tl.store(scores + first_slot + slot, score, mask=filled)
+        if EVICTS:
+            position = tl.load(positions + first_slot + slot, mask=filled, other=0)
+            rank = _rank(score, position, seen, window_start, safe_before, MEAN, STRIDE)
+            lower = filled & (rank < lowest)
+            lowest = tl.where(lower, rank, lowest)
+            lowest_slot = tl.where(lower, slot, lowest_slot)
+    if EVICTS:
+        new_rank = _rank(new_score, new_position, seen, window_start, safe_before, MEAN, STRIDE)
+        leaving = tl.min(lowest, axis=0)
+        loser = tl.min(tl.where(lowest == leaving, lowest_slot, slots), axis=0)
+        target = first_slot + tl.where(full, loser, held)
+        stays = (held < budget) | (leaving < new_rank)
+        tl.debug_barrier()  # the slot's own score was stored by another thread
+        tl.store(scores + target, new_score, mask=stays)
+        tl.store(positions + target, new_position, mask=stays)
+        tl.store(keys + target * ROW + dim, new_key, mask=(dim < ROW) & stays)
+        tl.store(values + target * ROW + dim, new_value, mask=(dim < ROW) & stays)
+        if GROUPS > 0:
+            group = tl.arange(0, GROUPS_BLOCK)
+            there = (group < GROUPS) & stays
+            scale = tl.load(stored_scales + pair * GROUPS + group, mask=there)
+            tl.store(key_scales + target * GROUPS + group, scale, mask=there)
+            scale = tl.load(stored_scales + (pairs + pair) * GROUPS + group, mask=there)
+            tl.store(value_scales + target * GROUPS + group, scale, mask=there)
+    else:
+        tl.store(new_scores + pair, new_score)
+
+
+@triton.jit(do_not_specialize=["row"])
+def _step(
     query,
     key,
     value,
     stored_key,
+    stored_value,
+    stored_scales,
+    slot_keys,
+    slot_places,
     keys,
+    key_scales,
     values,
+    value_scales,
     positions,
     scores,
+    slopes,
     seen,
     budgets,
     windows,
     frozen_before,
     new_positions,
+    new_places,
     tau,
     logits,
     stats,
     outputs,
     output,
     new_scores,
+    finished,
     query_stride_batch,
     query_stride_head,
     key_stride_batch,
@@ -224,20 +371,24 @@ def _settle(
     value_stride_head,
     stored_key_stride_batch,
     stored_key_stride_head,
+    stored_value_stride_batch,
+    stored_value_stride_head,
     slots,
-    parts,
+    part_slots,
     scale,
     row,
     forgetting,
     damping,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
-    PART: tl.constexpr,
+    DOT_ROWS: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    SETTLE_BLOCK: tl.constexpr,
     PARTS_BLOCK: tl.constexpr,
+    ALIBI: tl.constexpr,
     SCORED: tl.constexpr,
     NOISE: tl.constexpr,
     ONCE: tl.constexpr,
@@ -246,133 +397,179 @@ def _settle(
     FROZEN: tl.constexpr,
     STRIDE: tl.constexpr,
     SINKS: tl.constexpr,
+    KEY_KIND: tl.constexpr,
+    KEY_ROW: tl.constexpr,
+    KIND: tl.constexpr,
+    ROW: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_BLOCK: tl.constexpr,
 ):
-    """The first programs each join a head's output; the rest score and evict, each in a head."""
-    heads = KV_HEADS * GROUP
-    kv_pairs = tl.num_programs(0) // (GROUP + 1)
-    pair = tl.program_id(0)
-    joins = pair < kv_pairs * GROUP
-    if joins:
-        batch, kv_head = pair // heads, pair % heads // GROUP
-    else:
-        pair -= kv_pairs * GROUP
-        batch, kv_head = pair // KV_HEADS, pair % KV_HEADS
+    """Programs of a key/value head: for its parts, for each query head's output, for eviction."""
+    pair, pairs = tl.program_id(0), tl.num_programs(0)
+    part, parts = tl.program_id(1), tl.num_programs(1) - GROUP - 1
+    batch, kv_head = pair // KV_HEADS, pair % KV_HEADS
+    heads, first_head = pairs * GROUP, pair * GROUP
+    dim = tl.arange(0, DIM_BLOCK)
     new_position = tl.load(new_positions + batch)
     seen_now, budget = tl.load(seen + batch), tl.load(budgets + batch)
     held = tl.minimum(seen_now - (new_position >= 0).to(tl.int64), budget).to(tl.int32)
-    used = tl.cdiv(held, PART)
+    used = tl.cdiv(held, part_slots)
+    finished += pair
+    query += batch * query_stride_batch + kv_head * GROUP * query_stride_head
     key += batch * key_stride_batch + kv_head * key_stride_head
     value += batch * value_stride_batch + kv_head * value_stride_head
-    if joins:
-        _join(
-            query + batch * query_stride_batch + pair % heads * query_stride_head,
-            key,
-            value,
+    if part < parts:
+        group = tl.arange(0, DOT_ROWS)
+        place = 0
+        if ALIBI:
+            place = tl.load(new_places + batch)
+        _attend(
+            query + group[:, None] * query_stride_head + dim[None, :],
+            slot_keys,
+            key_scales,
+            values,
+            value_scales,
+            slot_places,
+            slopes + kv_head * GROUP if ALIBI else slopes,
+            first_head + group,
+            group < GROUP,
+            place,
+            held,
+            scale,
+            logits,
             stats,
             outputs,
-            output,
             pair,
-            kv_pairs * GROUP,
+            part,
+            part_slots,
+            slots,
+            heads,
             parts,
-            used,
-            scale,
             HEAD_DIM,
             DIM_BLOCK,
-            PARTS_BLOCK,
+            DOT_ROWS,
+            BLOCK,
+            ALIBI,
+            SCORED,
+            KEY_KIND,
+            KEY_ROW,
+            KIND,
+            ROW,
+            GROUPS,
         )
-    elif new_position >= 0:
-        dim = tl.arange(0, DIM_BLOCK)
-        in_head = dim < HEAD_DIM
-        first_slot = pair.to(tl.int64) * slots
-        new_score = tl.full([], 0.0, tl.float32)
-        if SCORED:
-            group = tl.arange(0, GROUP_BLOCK)
-            in_group = group < GROUP
-            head = kv_head * GROUP + group
-            queries = query + batch * query_stride_batch + head[:, None] * query_stride_head
-            real = in_group[:, None] & in_head[None, :]
-            q = tl.load(queries + dim[None, :], mask=real, other=0.0).to(tl.float32)
-            new_key = tl.load(key + dim, mask=in_head, other=0.0).to(tl.float32)
-            x = tl.sum(q * new_key[None, :], axis=1) * (scale * LOG2_E)
-            if NOISE != "none":
-                rows = query_row(head_row(row, batch, head), new_position, ONCE)
-                x += zeta(rows, spread(new_position), NOISE)
-            x *= 1.0 / tl.load(tau)
-            top, total = x, tl.full([GROUP_BLOCK], 1.0, tl.float32)
-            for start in range(0, used, PARTS_BLOCK):
-                part = start + tl.arange(0, PARTS_BLOCK)
-                at = (2 * kv_pairs * GROUP + batch * heads + head)[:, None] * parts + part[None, :]
-                there = in_group[:, None] & (part < used)[None, :]
-                tops = tl.load(stats + at, mask=there, other=NOTHING)
-                totals = tl.load(stats + kv_pairs * GROUP * parts + at, mask=there, other=0.0)
-                new_top = tl.maximum(top, tl.max(tops, axis=1))
-                total *= tl.exp2(top - new_top)
-                total += tl.sum(totals * tl.exp2(tops - new_top[:, None]), axis=1)
-                top = new_top
-            normal = top + tl.log2(total)
-            new_score = tl.sum(tl.where(in_group, tl.exp2(x - normal), 0.0), axis=0) * damping
-
-        safe_before = tl.minimum(budget, SINKS)
-        if FROZEN:
-            safe_before = tl.maximum(safe_before, tl.load(frozen_before + batch))
-        window_start = seen_now - STRIDE * tl.load(windows + batch)
-        full = held == budget
-        lowest = tl.full([BLOCK], STAYS, tl.int64)
-        lowest_slot = tl.zeros([BLOCK], tl.int32)
-        end = held
-        if not SCORED:
-            end = tl.where(full, held, 0)
-        for start in range(0, end, BLOCK):
-            slot = start + tl.arange(0, BLOCK)
-            filled = slot < held
-            score = tl.zeros([BLOCK], tl.float32)
-            if SCORED:
-                y_at = (batch * heads + head).to(tl.int64)[:, None] * slots + slot[None, :]
-                y_there = in_group[:, None] & filled[None, :]
-                y = tl.load(logits + y_at, mask=y_there, other=NOTHING)
-                given = tl.sum(tl.exp2(y - normal[:, None]), axis=0)
-                score = tl.load(scores + first_slot + slot, mask=filled, other=0.0)
-                score = score * forgetting + given * damping
-                tl.store(scores + first_slot + slot, score, mask=filled)
-            if EVICTS:
-                position = tl.load(positions + first_slot + slot, mask=filled, other=0)
-                rank = _rank(score, position, seen_now, window_start, safe_before, MEAN, STRIDE)
-                lower = filled & (rank < lowest)
-                lowest = tl.where(lower, rank, lowest)
-                lowest_slot = tl.where(lower, slot, lowest_slot)
-        if EVICTS:
-            new_rank = _rank(
-                new_score, new_position, seen_now, window_start, safe_before, MEAN, STRIDE
+        tl.debug_barrier()  # all threads have stored: the count tells of it
+        tl.atomic_add(finished, 1)
+    else:
+        member = part - parts
+        if member < GROUP:
+            _join(
+                query + member * query_stride_head,
+                key,
+                value,
+                stats,
+                outputs,
+                output,
+                finished,
+                first_head + member,
+                heads,
+                parts,
+                used,
+                scale,
+                HEAD_DIM,
+                DIM_BLOCK,
+                PARTS_BLOCK,
             )
-            leaving = tl.min(lowest, axis=0)
-            loser = tl.min(tl.where(lowest == leaving, lowest_slot, slots), axis=0)
-            target = first_slot + tl.where(full, loser, held)
-            stays = (held < budget) | (leaving < new_rank)
-            tl.debug_barrier()  # the slot's own score was stored by another thread
-            tl.store(scores + target, new_score, mask=stays)
-            tl.store(positions + target, new_position, mask=stays)
-            stored_key += batch * stored_key_stride_batch + kv_head * stored_key_stride_head
-            stored = tl.load(stored_key + dim, mask=in_head, other=0.0)
-            tl.store(keys + target * HEAD_DIM + dim, stored, mask=in_head & stays)
-            stored = tl.load(value + dim, mask=in_head, other=0.0)
-            tl.store(values + target * HEAD_DIM + dim, stored, mask=in_head & stays)
+        elif new_position >= 0:
+            members = tl.arange(0, GROUP_ROWS)
+            sharpness = 1.0
+            if SCORED:
+                sharpness = 1.0 / tl.load(tau)
+            before = 0
+            if FROZEN:
+                before = tl.load(frozen_before + batch)
+            _settle(
+                query + members[:, None] * query_stride_head + dim[None, :],
+                key,
+                stored_key + batch * stored_key_stride_batch + kv_head * stored_key_stride_head,
+                stored_value
+                + batch * stored_value_stride_batch
+                + kv_head * stored_value_stride_head,
+                stored_scales,
+                keys,
+                key_scales,
+                values,
+                value_scales,
+                positions,
+                scores,
+                first_head + members,
+                members < GROUP,
+                query_row(head_row(row, batch, kv_head * GROUP + members), new_position, ONCE),
+                sharpness,
+                seen_now,
+                held,
+                budget,
+                tl.load(windows + batch),
+                before,
+                new_position,
+                scale,
+                forgetting,
+                damping,
+                logits,
+                new_scores,
+                finished,
+                pair,
+                pairs,
+                slots,
+                parts,
+                HEAD_DIM,
+                DIM_BLOCK,
+                GROUP_ROWS,
+                SETTLE_BLOCK,
+                SCORED,
+                NOISE,
+                EVICTS,
+                MEAN,
+                FROZEN,
+                STRIDE,
+                SINKS,
+                ROW,
+                GROUPS,
+                GROUPS_BLOCK,
+            )
         else:
-            tl.store(new_scores + pair, new_score)
+            _wait(finished, parts)
+        # The last to have waited leaves the count as it was.
+        if tl.atomic_add(finished, 1) == parts + GROUP:
+            tl.store(finished, 0)
 
 
-def tiling(vector_bytes: int) -> tuple[int, int, int]:
-    """Slots read at a time and in a whole program, and its warps."""
-    block = max(16, min(128, 32768 // vector_bytes))
-    return block, block, 4
+def tiling(vector_bytes: int) -> tuple[int, int, int, int]:
+    """Slots read at a time, warps, tiles on their way, and programs that a processor runs."""
+    return max(16, min(64, 16384 // vector_bytes)), 4, 3, 3
+
+
+def split(pairs: int, slots: int, block: int, at_once: int) -> int:
+    """Slots of a part, so that the programs of all ``pairs`` come out even.
+
+    ``at_once`` of them run at a time: of up to four rounds the number that is fullest.
+    """
+    rounds = max(range(1, 5), key=lambda n: n * at_once // pairs / n)
+    parts = max(1, rounds * at_once // pairs)
+    return triton.cdiv(triton.cdiv(slots, parts), block) * block
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """How many can run programs; of an interpreter as many as split a small cache."""
+    if device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def step(
-    config: KeyformerConfig,
-    text: Text,
+    layer: KeyformerLayer,
     query: Tensor,
     slots: Tokens,
-    held: Tokens,
-    scores: Tensor,
     read: Tokens,
     new: Tokens,
     scorer: Scorer | None,
@@ -389,15 +586,14 @@ def step(
 
     Parameters
     ----------
-    config, text
-        The eviction rule, and how far each sequence is.
+    layer
+        Whose slots are read and written.
     query
         (batch, heads, 1, head_dim).
-    slots, read
-        Cached and new tokens as attention reads them.
-    held, scores, new
-        The slots and the new tokens as they are stored; the slots are written. Other than
-        ``slots`` and ``read`` only where keys are rotated when they are read.
+    slots
+        Those of the layer, with keys rotated if they are rotated when they are read.
+    read, new
+        The new tokens as attention reads them, and as they are stored but for quantization.
     scorer
         Whose noise and factor count; None where nothing is ranked.
     tau
@@ -413,102 +609,94 @@ def step(
         Output (batch, heads, 1, head_dim), and the new tokens' scores (batch, kv_heads, 1)
         float32, of use where nothing was evicted.
     """
+    config, text = layer.config, layer.text.on(query.device)
     batch, heads, _, head_dim = query.shape
-    kv_heads, count = held.positions.shape[1:]
+    kv_heads, count = layer.positions.shape[1:]
     group = heads // kv_heads
     dim_block = max(16, triton.next_power_of_2(head_dim))
-    # With tensor cores, which take 16 rows at least; a single head needs none.
-    group_block = 1 if group == 1 else max(16, triton.next_power_of_2(group))
-    block, part, warps = tiling(dim_block * query.element_size())
-    parts = max(1, triton.cdiv(count, part))
+    # Tensor cores take 16 rows at least.
+    dot_rows = max(16, triton.next_power_of_2(group))
+    group_rows = triton.next_power_of_2(group)
+    block, warps, stages, resident = tiling(dim_block * query.element_size())
+    part = split(batch * kv_heads, count, block, resident * _processors(query.device))
+    parts = triton.cdiv(count, part)
     scored = scorer is not None
-    noise = scorer.noise_drawn if scorer is not None else "none"
-    row = scorer.row if scorer is not None else 0
+    stored_key, stored_value, stored_scales = new.keys, new.values, layer.key_scales
+    if config.cache_dtype != "auto":
+        pair = torch.stack([new.keys, new.values])
+        (stored_key, stored_value), stored_scales = quantize(pair, config.cache_dtype)
+    groups = layer.key_scales.shape[-1]
 
     def scratch(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=query.device)
 
-    logits = scratch(batch * heads, count if scored else 0)
-    stats = scratch(4 if scored else 2, batch * heads, parts)
-    outputs = scratch(batch * heads, parts, head_dim)
     output = torch.empty((batch, 1, heads, head_dim), dtype=query.dtype, device=query.device)
-    new_scores = scores.new_zeros(batch, kv_heads, 0 if evicts else 1)
-    shape = {
-        "KV_HEADS": kv_heads,
-        "GROUP": group,
-        "GROUP_BLOCK": group_block,
-        "HEAD_DIM": head_dim,
-        "DIM_BLOCK": dim_block,
-        "SCORED": scored,
-        "NOISE": noise,
-        "ONCE": config.noise_schedule == "once",
-    }
-    _attend[(parts, batch * kv_heads)](
-        query,
-        slots.keys,
-        slots.values,
-        slots.positions,
-        slots.places,
-        alibi_slopes,
-        text.seen,
-        text.budget,
-        text.positions,
-        text.places,
-        tau,
-        logits,
-        stats,
-        outputs,
-        *query.stride()[:2],
-        count,
-        scale,
-        row,
-        BLOCK=block,
-        PART=part,
-        ALIBI=alibi_slopes is not None,
-        num_warps=warps,
-        num_stages=1,
-        **shape,
-    )
-    _settle[(batch * kv_heads * (group + 1),)](
+    new_scores = scratch(batch, kv_heads, 0 if evicts else 1)
+    _step[(batch * kv_heads, parts + group + 1)](
         query,
         read.keys,
         new.values,
-        new.keys,
-        held.keys,
-        held.values,
-        held.positions,
-        scores,
+        stored_key,
+        stored_value,
+        stored_scales,
+        slots.keys,
+        slots.places,
+        layer.keys,
+        layer.key_scales,
+        layer.values,
+        layer.value_scales,
+        layer.positions,
+        layer.scores,
+        alibi_slopes,
         text.seen,
         text.budget,
         text.window,
         text.frozen_before,
         text.positions,
+        text.places,
         tau,
-        logits,
-        stats,
-        outputs,
+        scratch(batch * heads, count if scored else 0),
+        scratch(2, batch * heads, parts),
+        scratch(batch * heads, parts, head_dim),
         output,
         new_scores,
+        layer.finished,
         *query.stride()[:2],
         *read.keys.stride()[:2],
         *new.values.stride()[:2],
-        *new.keys.stride()[:2],
+        *stored_key.stride()[:2],
+        *stored_value.stride()[:2],
         count,
-        parts,
+        part,
         scale,
-        row,
+        scorer.row if scorer is not None else 0,
         config.forgetting,
         scorer.factor if scorer is not None else 1.0,
-        BLOCK=max(64, 2048 // group_block),
-        PART=part,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        DIM_BLOCK=dim_block,
+        BLOCK=block,
+        DOT_ROWS=dot_rows,
+        GROUP_ROWS=group_rows,
+        SETTLE_BLOCK=max(64, 2048 // group_rows),
         PARTS_BLOCK=16,
+        ALIBI=alibi_slopes is not None,
+        SCORED=scored,
+        NOISE=scorer.noise_drawn if scorer is not None else "none",
+        ONCE=config.noise_schedule == "once",
         EVICTS=evicts,
         MEAN=config.normalize == "mean",
         FROZEN=config.key_set == "frozen",
         STRIDE=config.dilation + 1,
         SINKS=config.sinks,
-        num_warps=8,
-        num_stages=1,
-        **shape,
+        KEY_KIND=config.cache_dtype if slots.keys is layer.keys else "auto",
+        KEY_ROW=slots.keys.shape[-1],
+        KIND=config.cache_dtype,
+        ROW=layer.values.shape[-1],
+        GROUPS=groups,
+        GROUPS_BLOCK=triton.next_power_of_2(max(1, groups)),
+        num_warps=warps,
+        num_stages=stages,
     )
     return output.transpose(1, 2), new_scores

@@ -24,29 +24,11 @@ from keyformer.kernels.noise import (
     spread,
     zeta,
 )
+from keyformer.kernels.tiles import tile
 from keyformer.score import Scorer
 
 HIDDEN = tl.constexpr(-1e30)
 """The logit of a key that is not there: finite, so that no difference of two is NaN."""
-
-
-@triton.jit
-def _tile(
-    base,
-    start,
-    end,
-    stride,
-    HEAD_DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """BLOCK vectors of a matrix from ``start`` on, 0 beyond its end."""
-    row, dim = tl.arange(0, BLOCK), tl.arange(0, DIM_BLOCK)
-    mask = (start + row < end)[:, None]
-    if HEAD_DIM != DIM_BLOCK:
-        mask = mask & (dim < HEAD_DIM)[None, :]
-    base += tl.cast(start, tl.int64) * stride
-    return tl.load(base + row[:, None] * stride + dim[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -57,6 +39,7 @@ def _add(
     noisy_top,
     noisy_total,
     logits,
+    shift,
     value,
     rows,
     columns,
@@ -65,9 +48,9 @@ def _add(
     NOISY: tl.constexpr,
     SOFT: tl.constexpr,
 ):
-    """Take a tile of logits (queries, keys) into the running softmaxes."""
-    new_top = tl.maximum(top, tl.max(logits, axis=1))
-    weight = tl.exp2(logits - new_top[:, None])
+    """Take a tile of logits (queries, keys), all of them plus ``shift``, into the softmaxes."""
+    new_top = tl.maximum(top, tl.max(logits, axis=1) + shift)
+    weight = tl.exp2(logits - (new_top - shift)[:, None])
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(weight, axis=1)
     output = output * shrink[:, None]
@@ -80,9 +63,10 @@ def _add(
         if NOISE != "none":
             logits += zeta(rows[:, None], columns[None, :], NOISE)
         logits *= sharpness
-        new_noisy_top = tl.maximum(noisy_top, tl.max(logits, axis=1))
+        shift *= sharpness
+        new_noisy_top = tl.maximum(noisy_top, tl.max(logits, axis=1) + shift)
         noisy_total *= tl.exp2(noisy_top - new_noisy_top)
-        noisy_total += tl.sum(tl.exp2(logits - new_noisy_top[:, None]), axis=1)
+        noisy_total += tl.sum(tl.exp2(logits - (new_noisy_top - shift)[:, None]), axis=1)
         noisy_top = new_noisy_top
     return output, new_top, total, noisy_top, noisy_total
 
@@ -94,13 +78,13 @@ def _attend(
     value,
     slot_key,
     slot_value,
-    positions,
-    places,
     slot_positions,
     slot_places,
     slopes,
     held,
     first_real,
+    first_position,
+    first_place,
     output,
     normal,
     hashes,
@@ -114,6 +98,7 @@ def _attend(
     value_stride_head,
     value_stride,
     queries,
+    padded,
     slots,
     scale,
     sharpness,
@@ -144,9 +129,10 @@ def _attend(
     query += batch.to(tl.int64) * query_stride_batch + head * query_stride_head
     key += batch.to(tl.int64) * key_stride_batch + kv_head * key_stride_head
     value += batch.to(tl.int64) * value_stride_batch + kv_head * value_stride_head
-    positions += batch * queries
-    places += batch * queries
+    # From the first real token on, places and positions go up by one from column to column.
     first = tl.load(first_real + batch).to(tl.int32)
+    to_place = tl.load(first_place + batch).to(tl.int32) - first
+    to_position = tl.load(first_position + batch).to(tl.int32) - first
 
     top = tl.full([QUERY_BLOCK], HIDDEN, tl.float32)
     noisy_top = tl.full([QUERY_BLOCK], HIDDEN, tl.float32)
@@ -154,19 +140,17 @@ def _attend(
     noisy_total = tl.full([QUERY_BLOCK], 1.0, tl.float32)
     mean = tl.zeros([QUERY_BLOCK, DIM_BLOCK], tl.float32)
     factor = scale * LOG2_E
-    place = tl.load(places + asked, mask=in_prompt, other=0).to(tl.int32)
     # ALiBi's distances are from here: the softmax does not see what a query's logits share.
-    here = tl.max(place, axis=0)
+    here = start + QUERY_BLOCK - 1
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + head) * LOG2_E
     rows = tl.zeros([QUERY_BLOCK], tl.uint32)
     if NOISE != "none":
-        position = tl.load(positions + asked, mask=in_prompt, other=0)
-        rows = query_row(head_row(row, batch, head), position, ONCE)
+        rows = query_row(head_row(row, batch, head), asked + to_position, ONCE)
 
     if start + QUERY_BLOCK > first:
-        q = _tile(query, start, queries, query_stride, HEAD_DIM, DIM_BLOCK, QUERY_BLOCK)
+        q = tile(query, start, queries, query_stride, HEAD_DIM, DIM_BLOCK, QUERY_BLOCK, True)
         if SLOTS:
             pair = tl.program_id(1) // GROUP
             slot_key += pair.to(tl.int64) * slots * HEAD_DIM
@@ -174,25 +158,24 @@ def _attend(
             filled = tl.load(held + batch).to(tl.int32)
             for slot in range(0, filled, KEY_BLOCK):
                 seen = slot + tl.arange(0, KEY_BLOCK)
-                k = _tile(slot_key, slot, filled, HEAD_DIM, HEAD_DIM, DIM_BLOCK, KEY_BLOCK)
-                v = _tile(slot_value, slot, filled, HEAD_DIM, HEAD_DIM, DIM_BLOCK, KEY_BLOCK)
-                bias = tl.where(seen < filled, 0.0, HIDDEN)
+                k = tile(slot_key, slot, filled, HEAD_DIM, HEAD_DIM, DIM_BLOCK, KEY_BLOCK, True)
+                v = tile(slot_value, slot, filled, HEAD_DIM, HEAD_DIM, DIM_BLOCK, KEY_BLOCK, True)
+                logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * factor
+                at = pair * slots + seen
                 if ALIBI:
-                    at = slot_places + pair * slots + seen
-                    distance = tl.load(at, mask=seen < filled, other=0).to(tl.int32) - here
-                    bias += slope * distance.to(tl.float32)
+                    place = tl.load(slot_places + at, mask=seen < filled, other=0).to(tl.int32)
+                    logits += slope * (place - (here + to_place)).to(tl.float32)[None, :]
                 columns = tl.zeros([KEY_BLOCK], tl.uint32)
                 if NOISE != "none":
-                    at = slot_positions + pair * slots + seen
-                    columns = spread(tl.load(at, mask=seen < filled, other=0))
-                logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * factor + bias[None, :]
+                    columns = spread(tl.load(slot_positions + at, mask=seen < filled, other=0))
                 mean, top, total, noisy_top, noisy_total = _add(
                     mean,
                     top,
                     total,
                     noisy_top,
                     noisy_total,
-                    logits,
+                    tl.where((seen < filled)[None, :], logits, HIDDEN),
+                    0.0,
                     v,
                     rows,
                     columns,
@@ -201,27 +184,33 @@ def _attend(
                     NOISY,
                     SOFT,
                 )
-        for part in tl.static_range(2):
-            # Keys before the first query are seen by all; from there on, each by later ones.
-            begin = tl.minimum(first // KEY_BLOCK * KEY_BLOCK, start)
-            end = start
-            if part == 1:
-                begin = start
-                end = tl.minimum(start + QUERY_BLOCK, queries)
-            for new in range(begin, end, KEY_BLOCK):
-                seen = new + tl.arange(0, KEY_BLOCK)
-                k = _tile(key, new, queries, key_stride, HEAD_DIM, DIM_BLOCK, KEY_BLOCK)
-                v = _tile(value, new, queries, value_stride, HEAD_DIM, DIM_BLOCK, KEY_BLOCK)
-                key_place = tl.load(places + seen, mask=seen < queries, other=-1).to(tl.int32)
-                bias = tl.where(key_place >= 0, 0.0, HIDDEN)
+        # All see the whole tiles before the first query. Then come those that are cut: by
+        # padding, if there is such a one, and by each query's own place.
+        column = tl.arange(0, KEY_BLOCK)
+        padded_tile = first // KEY_BLOCK * KEY_BLOCK
+        whole = tl.minimum(tl.cdiv(first, KEY_BLOCK) * KEY_BLOCK, start)
+        cut = start
+        if padded_tile < whole:
+            cut -= KEY_BLOCK
+        for CUT in tl.static_range(2):
+            begin, end = whole, start
+            if CUT:
+                begin, end = cut, tl.minimum(start + QUERY_BLOCK, queries)
+            for at in range(begin, end, KEY_BLOCK):
+                new = at
+                if CUT:
+                    new = tl.where(at < start, padded_tile, at)
+                k = tile(key, new, queries, key_stride, HEAD_DIM, DIM_BLOCK, KEY_BLOCK, CUT)
+                v = tile(value, new, queries, value_stride, HEAD_DIM, DIM_BLOCK, KEY_BLOCK, CUT)
+                logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * factor
+                shift = 0.0
                 if ALIBI:
-                    bias += slope * (key_place - here).to(tl.float32)
-                columns = tl.zeros([KEY_BLOCK], tl.uint32)
-                if NOISE != "none":
-                    columns = spread(tl.load(positions + seen, mask=seen < queries, other=0))
-                logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * factor + bias[None, :]
-                if part == 1:
-                    logits = tl.where(asked[:, None] >= seen[None, :], logits, HIDDEN)
+                    logits += (slope * column.to(tl.float32))[None, :]
+                    shift = slope * (new - here).to(tl.float32)
+                if CUT:
+                    seen = new + column
+                    sees = (asked[:, None] >= seen[None, :]) & (seen >= first)[None, :]
+                    logits = tl.where(sees, logits, HIDDEN)
                 mean, top, total, noisy_top, noisy_total = _add(
                     mean,
                     top,
@@ -229,9 +218,10 @@ def _attend(
                     noisy_top,
                     noisy_total,
                     logits,
+                    shift,
                     v,
-                    rows,
-                    columns,
+                    rows + spread(new + to_position),
+                    spread(column),
                     sharpness,
                     NOISE,
                     NOISY,
@@ -244,26 +234,26 @@ def _attend(
     mask = in_prompt[:, None] & (dim < HEAD_DIM)[None, :]
     tl.store(at + head * HEAD_DIM + dim[None, :], mean, mask=mask)
     if SCORED:
-        shared = slope * (here - place).to(tl.float32)
+        shared = slope * (here - asked).to(tl.float32)
         if NOISY:
             log = noisy_top + tl.log2(noisy_total) + shared * sharpness
         else:
             log = top + tl.log2(total) + shared
-        at = tl.program_id(1) * queries + asked
-        tl.store(normal + at, log, mask=in_prompt)
+        at = tl.program_id(1) * padded + asked
+        tl.store(normal + at, log)
         if NOISE != "none":
-            tl.store(hashes + at, rows.to(tl.int32, bitcast=True), mask=in_prompt)
+            tl.store(hashes + at, rows.to(tl.int32, bitcast=True))
 
 
 @triton.jit
 def _score(
     query,
     key,
-    places,
     key_positions,
     key_places,
     slopes,
     first_real,
+    first_place,
     normal,
     hashes,
     scores,
@@ -277,6 +267,7 @@ def _score(
     place_stride_head,
     score_stride,
     queries,
+    padded,
     keys,
     scale,
     sharpness,
@@ -296,7 +287,6 @@ def _score(
     seen = start + tl.arange(0, KEY_BLOCK)
     query += batch.to(tl.int64) * query_stride_batch
     key += batch.to(tl.int64) * key_stride_batch + kv_head * key_stride_head
-    places += batch * queries
     at = batch * place_stride_batch + kv_head * place_stride_head + seen
     place = tl.load(key_places + at, mask=seen < keys, other=-1).to(tl.int32)
     columns = tl.zeros([KEY_BLOCK], tl.uint32)
@@ -304,14 +294,17 @@ def _score(
         columns = spread(tl.load(key_positions + at, mask=seen < keys, other=0))
     here = tl.max(place, axis=0)
     given = tl.zeros([KEY_BLOCK], tl.float32)
-    first = tl.load(first_real + batch).to(tl.int32) // QUERY_BLOCK * QUERY_BLOCK
+    first_column = tl.load(first_real + batch).to(tl.int32)
+    to_place = tl.load(first_place + batch).to(tl.int32) - first_column
+    first = first_column // QUERY_BLOCK * QUERY_BLOCK
     all_see = first
     if CAUSAL:
         first = tl.maximum(first, start // QUERY_BLOCK * QUERY_BLOCK)
         all_see = tl.minimum(tl.maximum(first, start + KEY_BLOCK), queries)
         all_see = tl.cdiv(all_see, QUERY_BLOCK) * QUERY_BLOCK
     factor = scale * LOG2_E * sharpness
-    k = _tile(key, start, keys, key_stride, HEAD_DIM, DIM_BLOCK, KEY_BLOCK)
+    column = tl.arange(0, QUERY_BLOCK)
+    k = tile(key, start, keys, key_stride, HEAD_DIM, DIM_BLOCK, KEY_BLOCK, True)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         slope = 0.0
@@ -321,25 +314,26 @@ def _score(
             bias += slope * (place - here).to(tl.float32)
         bias = tl.where(place >= 0, bias, HIDDEN)
         of_query = query + head * query_stride_head
-        of_head = (batch * KV_HEADS * GROUP + head) * queries
-        for part in tl.static_range(2):
-            begin, end = first, all_see
-            if part == 1:
-                begin, end = all_see, queries
+        of_head = (batch * KV_HEADS * GROUP + head) * padded
+        for CUT in tl.static_range(2):
+            begin, end = all_see, queries
+            if CUT:
+                begin, end = first, all_see
             for block in range(begin, end, QUERY_BLOCK):
-                asked = block + tl.arange(0, QUERY_BLOCK)
-                in_prompt = asked < queries
-                q = _tile(of_query, block, queries, query_stride, HEAD_DIM, DIM_BLOCK, QUERY_BLOCK)
-                log = tl.load(normal + of_head + asked, mask=in_prompt, other=float("inf"))
+                q = tile(
+                    of_query, block, queries, query_stride, HEAD_DIM, DIM_BLOCK, QUERY_BLOCK, True
+                )
+                log = tl.load(normal + of_head + block + column)
+                shifted = bias
                 if ALIBI:
-                    ask_place = tl.load(places + asked, mask=in_prompt, other=0).to(tl.int32)
-                    log -= slope * (here - ask_place).to(tl.float32)
-                logits = tl.dot(k, tl.trans(q), input_precision="tf32x3") * factor + bias[:, None]
-                if CAUSAL and part == 0:
-                    logits = tl.where(asked[None, :] >= seen[:, None], logits, HIDDEN)
+                    log += slope * column.to(tl.float32)
+                    shifted += slope * (here - (block + to_place)).to(tl.float32)
+                logits = tl.dot(k, tl.trans(q), input_precision="tf32x3") * factor
+                logits += shifted[:, None]
+                if CUT and CAUSAL:
+                    logits = tl.where((block + column)[None, :] >= seen[:, None], logits, HIDDEN)
                 if NOISE != "none":
-                    rows = tl.load(hashes + of_head + asked, mask=in_prompt, other=0)
-                    rows = rows.to(tl.uint32, bitcast=True)
+                    rows = tl.load(hashes + of_head + block + column).to(tl.uint32, bitcast=True)
                     logits += zeta(rows[None, :], columns[:, None], NOISE) * sharpness
                 given += tl.sum(tl.exp2(logits - log[None, :]), axis=1)
     at = scores + tl.program_id(1).to(tl.int64) * score_stride + seen
@@ -349,7 +343,7 @@ def _score(
 def tiling(vector_bytes: int) -> tuple[int, int, int, int]:
     """Rows of a tile that stay, rows of those that pass by, warps and stages of the pipeline."""
     if vector_bytes <= 256:
-        return 128, 64, 8, 3
+        return 64, 64, 4, 3
     if vector_bytes <= 512:
         return 64, 32, 8, 2
     return 32, 32, 4, 1
@@ -368,15 +362,19 @@ def attention(
     batch, heads, queries, head_dim = query.shape
     kv_heads, held = slots.positions.shape[1:]
     dim_block = max(16, triton.next_power_of_2(head_dim))
-    positions, places = new.positions[:, 0].contiguous(), new.places[:, 0].contiguous()
-    first_real = (positions >= 0).int().argmax(dim=-1)
-    first_real = first_real.masked_fill((positions < 0).all(dim=-1), queries)
+    positions = new.positions[:, 0]
+    first_real = (positions >= 0).int().argmax(dim=-1, keepdim=True)
+    first_place = new.places[:, 0].gather(1, first_real)
+    first_position = positions.gather(1, first_real)
+    first_real = first_real.masked_fill(first_position < 0, queries)
     output = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=query.device)
     sharpness = 1.0 if scorer is None else 1.0 / scorer.tau
     row = 0 if scorer is None else scorer.row
     noise = "none" if scorer is None else scorer.noise_drawn
     scores = None
-    normal = query.new_empty(batch, heads, queries if scorer else 0, dtype=torch.float32)
+    long, short, warps, stages = tiling(dim_block * query.element_size())
+    padded = triton.cdiv(queries, long) * long
+    normal = query.new_empty(batch, heads, padded if scorer else 0, dtype=torch.float32)
     hashes = normal.new_empty(normal.shape if noise != "none" else 0, dtype=torch.int32)
     shape: dict[str, Any] = {
         "GROUP": heads // kv_heads,
@@ -385,20 +383,19 @@ def attention(
         "ALIBI": alibi_slopes is not None,
         "NOISE": noise,
     }
-    long, short, warps, stages = tiling(dim_block * query.element_size())
-    _attend[(triton.cdiv(queries, long), batch * heads)](
+    _attend[(padded // long, batch * heads)](
         query,
         new.keys,
         new.values,
         slots.keys,
         slots.values,
-        positions,
-        places,
         slots.positions,
         slots.places,
         alibi_slopes,
         (slots.positions[:, 0] >= 0).sum(dim=-1),
         first_real,
+        first_position,
+        first_place,
         output,
         normal,
         hashes,
@@ -406,6 +403,7 @@ def attention(
         *new.keys.stride()[:3],
         *new.values.stride()[:3],
         queries,
+        padded,
         held,
         scale,
         sharpness,
@@ -424,6 +422,7 @@ def attention(
     )
     if scorer is not None:
         weight = scorer.weight(positions, positions.amax(dim=-1))[:, None]
+        weight = torch.nn.functional.pad(weight, (0, padded - queries))
         normal = (normal - weight.log2()).masked_fill(weight == 0, float("inf"))
         scores = normal.new_empty(batch, kv_heads, held + queries)
         for tokens, causal, at in ((slots, False, 0), (new, True, held)):
@@ -433,11 +432,11 @@ def attention(
             _score[(triton.cdiv(keys, long), batch * kv_heads)](
                 query,
                 tokens.keys,
-                places,
                 tokens.positions,
                 tokens.places,
                 alibi_slopes,
                 first_real,
+                first_place,
                 normal,
                 hashes,
                 scores[..., at:],
@@ -446,6 +445,7 @@ def attention(
                 *tokens.places.stride()[:2],
                 held + queries,
                 queries,
+                padded,
                 keys,
                 scale,
                 sharpness,

@@ -7,9 +7,14 @@ positions and those few keys and values, not its cache.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from keyformer.cache import KeyformerLayer
 
 LARGEST_BATCH = 256
 """Rows whose vectors of one slot fit in a program's registers."""
@@ -18,7 +23,9 @@ LARGEST_BATCH = 256
 @triton.jit
 def _take(
     keys,
+    key_scales,
     values,
+    value_scales,
     positions,
     scores,
     parents,
@@ -26,14 +33,16 @@ def _take(
     batch,
     slots,
     KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr,
+    ROW: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_BLOCK: tl.constexpr,
     BATCH_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """All rows of some slots of a head: everything is read before anything is written."""
     row, slot = tl.arange(0, BATCH_BLOCK), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    dim = tl.arange(0, DIM_BLOCK)
+    element = tl.arange(0, ROW_BLOCK)
     parent = tl.load(parents + row, mask=row < batch, other=0).to(tl.int32)
     moved = (row < batch) & (parent != row)
     here = (row * KV_HEADS + tl.program_id(1)).to(tl.int64)[:, None] * slots + slot[None, :]
@@ -44,11 +53,21 @@ def _take(
     common = tl.load(shared + row * batch + parent, mask=moved, other=0)
     own_position = tl.load(positions + here, mask=mask, other=-1)
     differs = mask & ((position != own_position) | (position >= common[:, None]))
-    wanted = differs[:, :, None] & (dim < HEAD_DIM)[None, None, :]
-    here_at = here[:, :, None] * HEAD_DIM + dim[None, None, :]
-    there_at = there[:, :, None] * HEAD_DIM + dim[None, None, :]
-    k = tl.load(keys + there_at, mask=wanted, other=0.0)
-    v = tl.load(values + there_at, mask=wanted, other=0.0)
+    wanted = differs[:, :, None] & (element < ROW)[None, None, :]
+    here_at = here[:, :, None] * ROW + element[None, None, :]
+    there_at = there[:, :, None] * ROW + element[None, None, :]
+    k = tl.load(keys + there_at, mask=wanted, other=0)
+    v = tl.load(values + there_at, mask=wanted, other=0)
+    if GROUPS > 0:
+        group = tl.arange(0, GROUPS_BLOCK)
+        scaled = differs[:, :, None] & (group < GROUPS)[None, None, :]
+        scale_at = here[:, :, None] * GROUPS + group[None, None, :]
+        parent_scale_at = there[:, :, None] * GROUPS + group[None, None, :]
+        k_scale = tl.load(key_scales + parent_scale_at, mask=scaled, other=0)
+        v_scale = tl.load(value_scales + parent_scale_at, mask=scaled, other=0)
+        tl.debug_barrier()
+        tl.store(key_scales + scale_at, k_scale, mask=scaled)
+        tl.store(value_scales + scale_at, v_scale, mask=scaled)
     tl.debug_barrier()
     tl.store(positions + here, position, mask=mask)
     tl.store(scores + here, score, mask=mask)
@@ -56,36 +75,39 @@ def _take(
     tl.store(values + here_at, v, mask=wanted)
 
 
-def take(
-    keys: Tensor, values: Tensor, positions: Tensor, scores: Tensor, parents: Tensor, shared: Tensor
-) -> None:
-    """Give row i what row ``parents[i]`` has.
+def take(layer: KeyformerLayer, parents: Tensor, shared: Tensor) -> None:
+    """Give row i of a layer's slots what row ``parents[i]`` has.
 
     Parameters
     ----------
-    keys, values, positions, scores
-        The slots of a KeyformerLayer, which are changed.
+    layer
+        Whose slots are changed.
     parents
         (batch,) int64.
     shared
         (batch, batch) int64: see :class:`keyformer.text.Text`.
     """
-    batch, kv_heads, slots, head_dim = keys.shape
-    dim_block = max(16, triton.next_power_of_2(head_dim))
+    batch, kv_heads, slots, row = layer.keys.shape
+    groups = layer.key_scales.shape[-1]
+    row_block = max(16, triton.next_power_of_2(row))
     batch_block = triton.next_power_of_2(batch)
-    block = max(1, 16384 // (batch_block * dim_block))
+    block = max(1, 16384 // (batch_block * row_block))
     _take[(triton.cdiv(slots, block), kv_heads)](
-        keys,
-        values,
-        positions,
-        scores,
+        layer.keys,
+        layer.key_scales,
+        layer.values,
+        layer.value_scales,
+        layer.positions,
+        layer.scores,
         parents,
         shared,
         batch,
         slots,
         KV_HEADS=kv_heads,
-        HEAD_DIM=head_dim,
-        DIM_BLOCK=dim_block,
+        ROW=row,
+        ROW_BLOCK=row_block,
+        GROUPS=groups,
+        GROUPS_BLOCK=triton.next_power_of_2(max(1, groups)),
         BATCH_BLOCK=batch_block,
         BLOCK=block,
         num_warps=8,
