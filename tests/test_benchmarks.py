@@ -73,6 +73,19 @@ def test_the_floor_is_bytes_over_bandwidth(bench: Bench) -> None:
     )
 
 
+@pytest.mark.parametrize("engine", ["stock", "keyformer"])
+def test_query_heads_that_share_keys(engine: str) -> None:
+    """Two of four: the cache is half as large, and each measurement knows it."""
+    bench = Bench("tiny-llama", torch.float32, torch.device("cpu"), repeats=1)
+    config = None if engine == "stock" else KeyformerConfig(kv_cache=50)
+    kept = 24 if config is None else 12
+    assert bench.kept_bytes(config, 3, 24) == 2 * 2 * 3 * kept * 2 * 16 * 4
+    assert bench.decode_step(config, 1, 24)["ms"] > 0
+    assert bench.generation(config, 1, 16, 5, 1, 9)["tokens/s"] > 0
+    if config is not None:
+        assert bench.attention(config, 1, 16) > 0
+
+
 def test_out_of_memory_is_a_result(bench: Bench) -> None:
     def measure(batch: int) -> dict:
         raise torch.OutOfMemoryError(f"batch {batch}")

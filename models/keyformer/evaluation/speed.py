@@ -27,6 +27,7 @@ from keyformer.evaluation.flags import Parser
 from keyformer.evaluation.results import check_writable, run_record, write_json, write_picture
 from keyformer.evaluation.tables import print_columns
 from keyformer.integration import DTYPES, check_device, enable_keyformer
+from keyformer.replay import LEAST_STEPS
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mpt-7b": {
@@ -45,12 +46,36 @@ SHAPES: dict[str, dict[str, Any]] = {
         "n_positions": 16384,
         "activation_function": "gelu",
     },
+    "llama-3-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
     "tiny": {"model_type": "mpt", "d_model": 64, "n_heads": 2, "n_layers": 2, "vocab_size": 64},
+    "tiny-llama": {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+    },
 }
-"""Of the paper's models, with tables of positions that the longest measurement fits in."""
+"""Of the paper's models, with tables of positions that the longest measurement fits in, and of
+one whose query heads share keys and values."""
 
 ENGINES = ("stock", "full", "window", "h2o", "keyformer")
 """transformers' own model, and methods of this one: full keeps all, window scores nothing."""
+
+STEPS = 4
+"""Decode steps of a timing, one after the other, so that the host's part overlaps the device's."""
 
 COPIED_BYTES = {"cuda": 2**32, "cpu": 2**26}
 """Of the copy that measures bandwidth: many times a cache."""
@@ -166,6 +191,10 @@ class Bench:
         if embedding is not self.stock.get_output_embeddings().weight:
             del read[id(embedding)]  # of which a step reads a row
         self.weight_bytes = sum(read.values())
+        settings = self.stock.config
+        self.layers, self.heads = settings.num_hidden_layers, settings.num_attention_heads
+        self.kv_heads = getattr(settings, "num_key_value_heads", None) or self.heads
+        self.head_dim = settings.hidden_size // self.heads
         self.bandwidth = self._bandwidth()
 
     def _bandwidth(self) -> float:
@@ -192,10 +221,9 @@ class Bench:
 
     def kept_bytes(self, config: KeyformerConfig | None, batch: int, prompt: int) -> int:
         """Bytes of keys and values that a step after a prompt reads."""
-        settings = self.stock.config
         kept = prompt if config is None else min(prompt, config.budget(prompt))
-        itemsize = self.stock.dtype.itemsize
-        return 2 * settings.num_hidden_layers * batch * kept * settings.hidden_size * itemsize
+        of_token = 2 * self.layers * self.kv_heads * self.head_dim * self.stock.dtype.itemsize
+        return batch * kept * of_token
 
     def floor_ms(self, config: KeyformerConfig | None, batch: int, prompt: int) -> float:
         """The least time of a decode step after a prompt."""
@@ -216,7 +244,7 @@ class Bench:
         return {"ms": ms, "peak_gb": self._peak_gb(before)}
 
     def decode_step(self, config: KeyformerConfig | None, batch: int, prompt: int) -> Record:
-        """Median time of a decode step after a prompt, and how long its capture took."""
+        """Median time of a decode step after a prompt, of STEPS in a row, and of its capture."""
         model, token = self.model(config), self.tokens(batch, 1)
         cache = self.cache(config, new_tokens=prompt)
         if config is None:
@@ -236,7 +264,7 @@ class Bench:
         step()  # captures the graph, where there is one
         self._wait()
         capture_ms = 1e3 * (time.perf_counter() - start)
-        ms = self.median_ms(step)
+        ms = self.median_ms(lambda: [step() for _ in range(STEPS)]) / STEPS
         floor = self.floor_ms(config, batch, prompt)
         captured = getattr(cache, "graph", None) is not None
         return {
@@ -251,18 +279,17 @@ class Bench:
 
         Their keys and values are random. On a GPU the layers are captured and replayed.
         """
-        settings = self.evicting.config
-        heads = settings.num_attention_heads
-        shape = (3, batch, heads, prompt, settings.hidden_size // heads)
         cache = self.cache(config, new_tokens=prompt)
+        options: dict[str, Any] = {"dtype": self.stock.dtype, "device": self.device}
+        queries = torch.randn(batch, self.heads, prompt, self.head_dim, **options)
+        pairs = torch.randn(2, batch, self.kv_heads, prompt, self.head_dim, **options)
 
         def attend(tokens: int) -> None:
             real = torch.ones(batch, tokens, dtype=torch.bool, device=self.device)
-            query, key, value = drawn[:, :, :, :tokens]
-            for layer in range(settings.num_hidden_layers):
-                cache.attend(query, key, value, layer, real, scale=shape[-1] ** -0.5)
+            query, (key, value) = queries[:, :, :tokens], pairs[:, :, :, :tokens]
+            for layer in range(self.layers):
+                cache.attend(query, key, value, layer, real, scale=self.head_dim**-0.5)
 
-        drawn = torch.randn(shape, dtype=self.stock.dtype, device=self.device)
         for tokens in (prompt, 1):
             attend(tokens)
         run: Callable[[], Any] = lambda: attend(1)  # noqa: E731
@@ -300,11 +327,13 @@ class Bench:
         beams: int,
         stretch: int,
     ) -> Record:
-        """Seconds of ``generate``, tokens a second, and the share of the floor's speed.
+        """Seconds of ``generate``, tokens a second, the share of the floor's speed, and memory.
 
         Of more than ``stretch`` new tokens, that many are timed at three lengths and integrated.
         """
-        self.generate(config, batch, min(prompt, 64), 4, beams)  # compiles the kernels
+        if config is not None:
+            self.generate(config, batch, prompt, 2 * LEAST_STEPS, beams)  # compiles the kernels
+        before = self._reset_peak()
         if stretch >= new:
             seconds = self.generate(config, batch, prompt, new, beams)
         else:
@@ -318,6 +347,7 @@ class Bench:
             "tokens/s": batch * new / seconds,
             "floor_seconds": floor,
             "floor / seconds": floor / seconds,
+            "peak_gb": self._peak_gb(before),
         }
 
     def _integrated(
@@ -356,10 +386,8 @@ class Bench:
 
     def _fill(self, cache: DynamicCache, batch: int, length: int) -> None:
         """Random keys and values, as after a prompt of any length."""
-        settings = self.stock.config
-        heads = settings.num_attention_heads
-        shape = (batch, heads, length, settings.hidden_size // heads)
-        for layer in range(settings.num_hidden_layers):
+        shape = (batch, self.kv_heads, length, self.head_dim)
+        for layer in range(self.layers):
             pair = torch.randn(2, *shape, dtype=self.stock.dtype, device=self.device)
             cache.update(*pair, layer)
 
