@@ -226,7 +226,7 @@ def test_generate(arch: str, options, settings_) -> None:
 @pytest.mark.parametrize("width", [48, 64])
 @pytest.mark.parametrize("parameters", [0, 1, 2])
 def test_layer_norm_while_a_step_is_captured(width: int, parameters: int) -> None:
-    """That of torch, with weight, bias, both or neither, and of two dimensions."""
+    """That of torch, with weight, bias, both or neither, of sums, and of two dimensions."""
     given = torch.randn(3 + parameters, 5, 1, width, device=DEVICE) + 2
     rows, weights = given[0], given[3:, 0, 0]
     layer = torch.nn.LayerNorm(width, elementwise_affine=False, device=DEVICE)
@@ -235,8 +235,15 @@ def test_layer_norm_while_a_step_is_captured(width: int, parameters: int) -> Non
     expected = layer(rows)
     with keyformer.replay.FewRows():
         assert torch.allclose(layer(rows), expected, atol=1e-5)
+        total = given[1] + given[2]
+        assert torch.allclose(layer(total), layer(given[1:3].sum(dim=0)), atol=1e-5)
+        unused = total + given[1]
         functional = torch.nn.functional.layer_norm(rows, rows.shape[1:])
+        last = unused + rows
     assert torch.allclose(functional, torch.nn.functional.layer_norm(rows, rows.shape[1:]))
+    assert torch.equal(total, given[1] + given[2])
+    assert torch.equal(unused, total + given[1])
+    assert torch.equal(last, unused + rows)
 
 
 @settings(max_examples=8, deadline=None)

@@ -548,13 +548,16 @@ def tiling(vector_bytes: int) -> tuple[int, int, int, int]:
     return max(16, min(64, 16384 // vector_bytes)), 4, 3, 3
 
 
-def split(pairs: int, slots: int, block: int, at_once: int) -> int:
-    """Slots of a part, so that the programs of all ``pairs`` come out even.
+def split(pairs: int, slots: int, waiting: int, block: int, at_once: int) -> int:
+    """Slots of a part, so that the programs of all ``pairs`` of sequence and head come out even.
 
-    ``at_once`` of them run at a time: of up to four rounds the number that is fullest.
+    If there are few pairs, all their programs run at once, the ``waiting`` ones too. Else the
+    number of rounds, of up to four, is that in which the programs at work fill the card best.
     """
-    rounds = max(range(1, 5), key=lambda n: n * at_once // pairs / n)
-    parts = max(1, rounds * at_once // pairs)
+    parts = at_once // pairs - waiting
+    if parts <= 2 * waiting:
+        rounds = max(range(1, 5), key=lambda n: n * at_once // pairs / n)
+        parts = max(1, rounds * at_once // pairs)
     return triton.cdiv(triton.cdiv(slots, parts), block) * block
 
 
@@ -618,7 +621,8 @@ def step(
     dot_rows = max(16, triton.next_power_of_2(group))
     group_rows = triton.next_power_of_2(group)
     block, warps, stages, resident = tiling(dim_block * query.element_size())
-    part = split(batch * kv_heads, count, block, resident * _processors(query.device))
+    at_once = resident * _processors(query.device)
+    part = split(batch * kv_heads, count, group + 1, block, at_once)
     parts = triton.cdiv(count, part)
     scored = scorer is not None
     stored_key, stored_value, stored_scales = new.keys, new.values, layer.key_scales

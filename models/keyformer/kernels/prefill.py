@@ -345,7 +345,7 @@ def tiling(vector_bytes: int) -> tuple[int, int, int, int]:
     if vector_bytes <= 256:
         return 64, 64, 4, 3
     if vector_bytes <= 512:
-        return 64, 32, 8, 2
+        return 64, 32, 4, 2
     return 32, 32, 4, 1
 
 

@@ -47,23 +47,33 @@ def slot_tile(
     if KIND == "auto":
         return tile(elements, start, end, HEAD_DIM, HEAD_DIM, DIM_BLOCK, BLOCK, True)
     else:
-        row: tl.constexpr = HEAD_DIM // 2 if KIND == "int4" else HEAD_DIM
         slot, dim = start + tl.arange(0, BLOCK), tl.arange(0, DIM_BLOCK)
-        there = (slot < end)[:, None] & (dim < HEAD_DIM)[None, :]
-        raw = tl.load(elements + slot[:, None] * row + (dim % row)[None, :], mask=there, other=0)
-        if KIND == "float8":
-            # E4M3's exponent is 120 less than that of float32 with the same bits.
-            bits = raw.to(tl.uint32)
-            bits = ((bits & 128) << 24) | ((bits & 127) << 20)
-            value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
-        elif KIND == "int4":
-            half = raw.to(tl.int32) >> (dim // row * 4)[None, :]
-            value = ((half & 15) - 8).to(tl.float32)
+        filled = slot < end
+        there = filled[:, None] & (dim < HEAD_DIM)[None, :]
+        if KIND != "int4":
+            raw = tl.load(elements + slot[:, None] * HEAD_DIM + dim[None, :], mask=there, other=0)
+            if KIND == "float8":
+                # E4M3's exponent is 120 less than that of float32 with the same bits.
+                bits = raw.to(tl.uint32)
+                bits = ((bits & 128) << 24) | ((bits & 127) << 20)
+                value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+            else:
+                value = raw.to(tl.float32)
+            scale = tl.load(scales + slot, mask=filled, other=0.0)[:, None].to(tl.float32)
+            return (value * scale).to(dtype)
+        elif HEAD_DIM == DIM_BLOCK:
+            half = tl.arange(0, HEAD_DIM // 2)
+            at = elements + slot[:, None] * (HEAD_DIM // 2) + half[None, :]
+            raw = tl.load(at, mask=filled[:, None], other=0)
+            value = tl.join(raw & 15, raw >> 4).permute(0, 2, 1)
+            value = tl.reshape(value, [BLOCK, GROUPS, HEAD_DIM // GROUPS]).to(tl.float32) - 8
+            at = scales + slot[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+            scale = tl.load(at, mask=filled[:, None], other=0.0).to(tl.float32)
+            return tl.reshape(value * scale[:, :, None], [BLOCK, HEAD_DIM]).to(dtype)
         else:
-            value = raw.to(tl.float32)
-        if GROUPS == 1:
-            scale = tl.load(scales + slot, mask=slot < end, other=0.0)[:, None]
-        else:
+            row: tl.constexpr = HEAD_DIM // 2
+            raw = tl.load(elements + slot[:, None] * row + (dim % row)[None, :], there, other=0)
+            value = ((raw.to(tl.int32) >> (dim // row * 4)[None, :]) & 15) - 8
             group = dim // (HEAD_DIM // GROUPS)
-            scale = tl.load(scales + slot[:, None] * GROUPS + group[None, :], mask=there, other=0.0)
-        return (value * scale.to(tl.float32)).to(dtype)
+            scale = tl.load(scales + slot[:, None] * GROUPS + group[None, :], there, other=0.0)
+            return (value.to(tl.float32) * scale.to(tl.float32)).to(dtype)
