@@ -36,6 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "n_heads": 32,
         "n_layers": 32,
         "vocab_size": 50432,
+        "max_seq_len": 16384,
     },
     "gpt-j-6b": {"model_type": "gptj", "n_positions": 16384},
     "cerebras-gpt-6.7b": {
