@@ -9,7 +9,7 @@ import torch
 from conftest import script
 
 from keyformer import InputError, KeyformerConfig
-from keyformer.evaluation.speed import ENGINES, Bench
+from keyformer.evaluation.speed import ENGINES, SHAPES, Bench, Speed
 
 SCRIPTS = {
     ("benchmarks", "decode"): (["--prompt", "24", "--batch", "2"], len(ENGINES)),
@@ -86,6 +86,12 @@ def test_query_heads_that_share_keys(engine: str) -> None:
         assert bench.attention(config, 1, 16) > 0
 
 
+@pytest.mark.parametrize("shape", ["mpt-7b", "gpt-j-6b", "cerebras-gpt-6.7b", "llama-3-8b"])
+def test_stock_has_a_position_for_every_token_measured(shape: str) -> None:
+    names = ("max_seq_len", "n_positions", "max_position_embeddings")
+    assert max(SHAPES[shape].get(name, 0) for name in names) >= 16384
+
+
 def test_out_of_memory_is_a_result(bench: Bench) -> None:
     def measure(batch: int) -> dict:
         raise torch.OutOfMemoryError(f"batch {batch}")
@@ -98,6 +104,19 @@ def test_largest_batch(bench: Bench, monkeypatch, fitting: int) -> None:
     monkeypatch.setattr(bench, "fits", lambda config, batch, *of: batch <= fitting)
     largest = script("benchmarks", "batch").largest
     assert largest(bench, KeyformerConfig(), 10, 10) == fitting
+
+
+def test_rows_before_an_error_are_written(tmp_path) -> None:
+    output = tmp_path / "record.json"
+    speed = Speed("decode", None, ["--device", "cpu", "--output", str(output)], tmp_path)
+
+    def rows():
+        yield {"ms": 1.0}
+        raise RuntimeError("the model broke")
+
+    with pytest.raises(RuntimeError, match="broke"):
+        speed.write(rows())
+    assert json.loads(output.read_text())["rows"] == [{"ms": 1.0}]
 
 
 def test_unusable_flags(tmp_path) -> None:

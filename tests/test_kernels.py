@@ -25,6 +25,7 @@ import keyformer.replay
 from keyformer import InputError, KeyformerCache, KeyformerConfig, enable_keyformer
 from keyformer.cache import KeyformerLayer
 from keyformer.config import CACHE_DTYPES, METHODS
+from keyformer.kernels.decode import split
 from keyformer.kernels.noise import LOG2_E, head_row, query_row, spread, zeta
 from keyformer.score import first_row, noise
 
@@ -221,6 +222,16 @@ def test_generate(arch: str, options, settings_) -> None:
             )
         )
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize(("pairs", "slots", "waiting"), [(2, 300, 2), (8, 8192, 5), (128, 2048, 2)])
+def test_parts_of_slots(pairs: int, slots: int, waiting: int) -> None:
+    """Whole blocks that hold every slot; of few heads, all programs run at once."""
+    part = split(pairs, slots, waiting, block=64, at_once=396)
+    parts = -(-slots // part)
+    assert part % 64 == 0
+    assert (parts - 1) * part < slots <= parts * part
+    assert pairs == 128 or pairs * (parts + waiting) <= 396
 
 
 @pytest.mark.parametrize("width", [48, 64])

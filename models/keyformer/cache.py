@@ -7,6 +7,7 @@ rule serves the prompt, every decode step and a second prompt on the same cache.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,12 @@ from keyformer.text import Text
 
 GROWTH = 64
 """Slots added at a time while the text is shorter than the budget."""
+
+STAYS = torch.iinfo(torch.int64).max
+"""The rank of a token that may not leave."""
+
+OUT_OF_WINDOW, EMPTY = -1, -2
+"""The ranks of a token that no query can see any more, and of none at all."""
 
 Observer = Callable[[int, Tensor, Attended], None]
 """Called with layer index, query positions (batch, tokens) and what they attended to."""
@@ -141,15 +148,19 @@ class KeyformerLayer(CacheLayerMixin):
             softcap=softcap,
             window=self.window,
             scorer=scorer,
+            span=self.text.on(self.device).span,
             output_weights=output_weights,
         )
-        new_scores = torch.zeros_like(new.positions, dtype=torch.float32)
-        if attended.scores is not None:
-            held = self.scores.shape[-1]
-            queries = (new.positions[:, :1] >= 0).sum(dim=-1, keepdim=True)
-            self.scores.mul_(self.config.forgetting**queries).add_(attended.scores[..., :held])
+        held = self.scores.shape[-1]
+        if attended.scores is None:
+            new_scores = torch.zeros_like(new.positions, dtype=torch.float32)
+        else:
             new_scores = attended.scores[..., held:]
-        self._grow()
+        if held:
+            if attended.scores is not None:
+                queries = (new.positions[:, :1] >= 0).sum(dim=-1, keepdim=True)
+                self.scores.mul_(self.config.forgetting**queries).add_(attended.scores[..., :held])
+            self._grow()
         self._arrivals = new, new_scores
         return attended
 
@@ -216,14 +227,15 @@ class KeyformerLayer(CacheLayerMixin):
         Where it reads the slots ``as_stored`` they are quantized, unless they are rotated first.
         """
         moving = self.config.positions == "new"
-        places = _ranks(self.positions) if moving else self.positions
+        places = _order(self.positions) if moving else self.positions
         as_stored &= rotary is None or not moving
         keys, values = (self.keys, self.values) if as_stored else self.read()
         slots = Tokens(keys, values, self.positions, places)
         if rotary is None:
             return query, slots, new, new
-        query = rotary(query, new.places[:, :1])
-        read = new.rotated(rotary)
+        heads = query.shape[1]
+        turned = rotary(torch.cat([query, new.keys], dim=1), new.places[:, :1])
+        query, read = turned[:, :heads], replace(new, keys=turned[:, heads:])
         if moving:
             return query, slots.rotated(rotary), read, new
         return query, slots, read, read
@@ -245,6 +257,9 @@ class KeyformerLayer(CacheLayerMixin):
         """
         new, new_scores = self._arrivals
         del self._arrivals
+        if not self.positions.shape[-1]:
+            self._fill(new, new_scores, ranked_by)
+            return
         slots, tokens = self.positions.shape[-1], new.positions.shape[-1]
         positions = torch.cat([self.positions, new.positions], dim=-1)
         leaves = self._leaves(positions, ranked_by, slots)
@@ -254,20 +269,36 @@ class KeyformerLayer(CacheLayerMixin):
         # Where no token stays, the first slot is written over by itself.
         any_stay = (~leaves[..., slots:]).any(dim=-1, keepdim=True)
 
-        def across(index: Tensor, vectors: Tensor) -> Tensor:
-            rest = (None,) * (vectors.ndim - 3)
-            return index[(..., *rest)].expand(*index.shape, *vectors.shape[3:])
+        for name, one in self._stored(new, new_scores, staying).items():
+            held = getattr(self, name)
+            to = _across(freed, held)
+            held.scatter_(2, to, torch.where(_across(any_stay, one), one, held.gather(2, to)))
 
-        arrived = (
-            tensor.gather(2, across(staying, tensor))
+    def _fill(self, new: Tokens, new_scores: Tensor, ranked_by: Tensor) -> None:
+        """:meth:`admit` where there are no slots yet: the best of the new tokens, in their order.
+
+        What the rule comes to without any slot to free, for a fraction of the work.
+        """
+        tokens, budget = new.positions.shape[-1], self.text.on(self.device).budget
+        wanted = self._wanted()
+        ranks, best = self._ranks(new.positions, ranked_by).topk(min(wanted, tokens), dim=-1)
+        place = torch.arange(best.shape[-1], device=self.device)
+        stays = (ranks >= OUT_OF_WINDOW) & (place < budget[:, None, None])
+        staying = best.masked_fill(~stays, tokens).sort(dim=-1).values
+        empty = staying == tokens
+        stored = self._stored(new, new_scores, staying.clamp(max=tokens - 1))
+        stored["positions"].masked_fill_(empty, -1)
+        for name, held in stored.items():
+            setattr(self, name, _with_slots(held, wanted, name))
+
+    def _stored(self, new: Tokens, new_scores: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """What slots hold of the new tokens ``index`` (batch, kv_heads, count), by attribute."""
+        keys, values, positions, scores = (
+            tensor.gather(2, _across(index, tensor))
             for tensor in (new.keys, new.values, new.positions, new_scores)
         )
-        keys, values, *rest = arrived
-        written = (*self._quantized(keys), *self._quantized(values), *rest)
-        for name, one in zip(self._per_slot, written, strict=True):
-            held = getattr(self, name)
-            to = across(freed, held)
-            held.scatter_(2, to, torch.where(across(any_stay, one), one, held.gather(2, to)))
+        held = (*self._quantized(keys), *self._quantized(values), positions, scores)
+        return dict(zip(self._per_slot, held, strict=True))
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the slots, (batch, kv_heads, slots, head_dim) in the model's dtype."""
@@ -280,30 +311,62 @@ class KeyformerLayer(CacheLayerMixin):
     def _quantized(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         return quantize(vectors, self.config.cache_dtype)
 
-    def _grow(self) -> None:
-        """Have slots for every token so far, up to the largest budget."""
-        held = self.keys.shape[2]
+    def _wanted(self) -> int:
+        """Slots for every token so far, up to the largest budget."""
         text = self.text
         wanted = min(text.largest_budget, max(text.length, text.reserved))
-        if wanted <= held:
-            return
-        if wanted > text.reserved:
+        if text.reserved < wanted:
             wanted = min(text.largest_budget, -(-wanted // GROWTH) * GROWTH)
-        for name in self._per_slot:
-            old = getattr(self, name)
-            rest = (0, 0) * (old.ndim - 3)
-            empty = -1 if name == "positions" else 0
-            new = torch.nn.functional.pad(old, (*rest, 0, wanted - held), value=empty)
-            setattr(self, name, new)
+        return wanted
+
+    def _grow(self) -> None:
+        """Add the slots that are wanted, empty."""
+        wanted = self._wanted()
+        if wanted > self.positions.shape[-1]:
+            for name in self._per_slot:
+                setattr(self, name, _with_slots(getattr(self, name), wanted, name))
+
+    def _ranks(self, positions: Tensor, scores: Tensor) -> Tensor:
+        """The order in which tokens leave, lowest first: the eviction rule.
+
+        Padding and empty slots leave first, then what the model's own window has left behind,
+        then tokens by score, the younger of two equals first. Sinks and the recent window stay,
+        and key tokens if they are frozen.
+
+        Parameters
+        ----------
+        positions, scores
+            (batch, kv_heads, tokens).
+
+        Returns
+        -------
+        Tensor
+            int64, the same shape.
+        """
+        config, text = self.config, self.text.on(self.device)
+        seen, budget = text.seen[:, None, None], text.budget[:, None, None]
+        if config.normalize == "mean":
+            scores = scores / (seen - positions)
+        # Scores are never negative, so their bits sort as integers do.
+        rank = scores.contiguous().view(torch.int32).to(torch.int64) << 32
+        rank = rank + (torch.iinfo(torch.int32).max - positions)
+        kept = positions >= text.window_start(text.seen)[:, None, None]
+        if config.dilation:
+            kept &= positions % (config.dilation + 1) == 0
+        if config.sinks:
+            kept |= positions < budget.clamp(max=config.sinks)
+        if config.key_set == "frozen" and not text.in_first_prompt:
+            kept |= positions < text.frozen_before[:, None, None]
+        rank = rank.masked_fill(kept, STAYS)
+        if self.window is not None:
+            rank = rank.masked_fill(positions <= seen - self.window, OUT_OF_WINDOW)
+        return rank.masked_fill(positions < 0, EMPTY)
 
     def _leaves(self, positions: Tensor, scores: Tensor, slots: int) -> Tensor:
-        """Who leaves when the new tokens compete with the slots: the eviction rule.
+        """Who leaves when the new tokens compete with the slots, by their ranks.
 
-        Slots and new tokens are ranked together and as many leave as are new. Padding goes
-        first, then empty slots in their order, then what the model's own window has left
-        behind, then tokens by score, the younger of two equals first. Sinks and the recent
-        window stay, key tokens if they are frozen, and slots beyond a sequence's own budget,
-        which therefore never fill.
+        As many leave as are new: padding first, then empty slots in their order. Slots beyond a
+        sequence's own budget stay, and therefore never fill.
 
         Parameters
         ----------
@@ -317,26 +380,12 @@ class KeyformerLayer(CacheLayerMixin):
         Tensor
             Bool, the same shape, True for those that leave.
         """
-        config, text = self.config, self.text.on(self.device)
-        seen, budget = text.seen[:, None, None], text.budget[:, None, None]
-        if config.normalize == "mean":
-            scores = scores / (seen - positions)
-        highest = torch.iinfo(torch.int64).max
-        # Scores are never negative, so their bits sort as integers do.
-        rank = scores.contiguous().view(torch.int32).to(torch.int64) << 32
-        rank = rank + (torch.iinfo(torch.int32).max - positions)
-        window_start = text.window_start(text.seen)[:, None, None]
-        kept = (positions >= window_start) & (positions % (config.dilation + 1) == 0)
-        kept |= positions < budget.clamp(max=config.sinks)
-        if config.key_set == "frozen" and not text.in_first_prompt:
-            kept |= positions < text.frozen_before[:, None, None]
-        rank = rank.masked_fill(kept, highest)
+        budget = self.text.on(self.device).budget[:, None, None]
+        rank = self._ranks(positions, scores)
         place = torch.arange(positions.shape[-1], device=positions.device)
-        if self.window is not None:
-            rank = rank.masked_fill(positions <= seen - self.window, -1)
-        empty = place - positions.shape[-1] * (1 + (place >= slots).long()) - 1
+        empty = EMPTY + place - positions.shape[-1] * (1 + (place >= slots).long())
         rank = torch.where(positions < 0, empty, rank)
-        rank = rank.masked_fill((place >= budget) & (place < slots), highest)
+        rank = rank.masked_fill((place >= budget) & (place < slots), STAYS)
         leaving = rank.topk(positions.shape[-1] - slots, largest=False, sorted=False).indices
         return torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, leaving, True)
 
@@ -422,7 +471,22 @@ def _listed(mask: Tensor, count: int) -> Tensor:
     return torch.where(beyond, listed[..., :1], listed)
 
 
-def _ranks(positions: Tensor) -> Tensor:
+def _across(index: Tensor, vectors: Tensor) -> Tensor:
+    """``index`` (batch, kv_heads, count) for every element of vectors, or of single numbers."""
+    rest = (None,) * (vectors.ndim - 3)
+    return index[(..., *rest)].expand(*index.shape, *vectors.shape[3:])
+
+
+def _with_slots(held: Tensor, slots: int, name: str) -> Tensor:
+    """The same with empty slots added: ``slots`` in all."""
+    if held.shape[2] == slots:
+        return held
+    rest = (0, 0) * (held.ndim - 3)
+    empty = -1 if name == "positions" else 0
+    return torch.nn.functional.pad(held, (*rest, 0, slots - held.shape[2]), value=empty)
+
+
+def _order(positions: Tensor) -> Tensor:
     """The rank of each position among those of its head, -1 for an empty slot."""
     order = positions.argsort(dim=-1)
     counting = torch.arange(positions.shape[-1], device=positions.device).expand_as(order)

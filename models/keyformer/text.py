@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from keyformer.config import KeyformerConfig
+
+
+class Span:
+    """Where among the columns of new tokens the real ones are, which follow one another.
+
+    Parameters
+    ----------
+    positions, places
+        (batch, tokens) int64 of the new tokens, -1 for padding.
+    """
+
+    def __init__(self, positions: Tensor, places: Tensor) -> None:
+        self.positions, self.places = positions, places
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """Of each sequence the first real column, its position, its place, and the last column.
+
+        (4, batch) int64; a sequence without a real token has the number of columns as the first.
+        """
+        real = self.positions >= 0
+        first = real.int().argmax(dim=-1, keepdim=True)
+        position, place = self.positions.gather(1, first), self.places.gather(1, first)
+        last = first + real.sum(dim=-1, keepdim=True) - 1
+        first = first.masked_fill(position < 0, real.shape[1])
+        return torch.cat([first, position, place, last], dim=-1).T.contiguous()
 
 
 class Text:
@@ -37,6 +64,8 @@ class Text:
     positions, places
         (batch, tokens) int64 of the tokens taken last, -1 for padding: in the text, and what
         the model's position scheme is told.
+    span
+        Which of the tokens taken last are real.
     largest_budget
         The largest k of the batch.
     reserved
@@ -50,6 +79,7 @@ class Text:
     shared: Tensor
     positions: Tensor
     places: Tensor
+    span: Span
     largest_budget: int
 
     def __init__(self, config: KeyformerConfig, window: int | None = None) -> None:
@@ -98,6 +128,7 @@ class Text:
         self.positions = self.places = _after(self.seen, count, real)
         if self.config.positions == "new":
             self.places = self.next_places(real)
+        self.span = Span(self.positions, self.places)
         self.seen += count[:, -1]
         self.advance(tokens)
 
@@ -182,6 +213,7 @@ class Text:
         there = copy.copy(self)
         for name in (*self._per_sequence, "positions", "places"):
             setattr(there, name, getattr(self, name).to(device))
+        there.span = Span(there.positions, there.places)
         return there
 
     def select(self, index: Tensor) -> None:

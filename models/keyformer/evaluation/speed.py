@@ -153,17 +153,27 @@ class Speed:
             write_picture(Path(self.flags.output).with_suffix(kind), figure)
 
     def write(self, rows: Iterable[Record]) -> list[Record]:
-        """Say each row as it comes, then print all and write them with how they came about."""
-        done = []
-        for row in rows:
-            done.append(row)
-            print(", ".join(f"{name} {_shown(value)}" for name, value in row.items()), flush=True)
+        """Say each row as it comes, then print all and write them with how they came about.
+
+        Rows that came before an error are written, too.
+        """
+        done: list[Record] = []
+        try:
+            for row in rows:
+                done.append(row)
+                shown = (f"{name} {_shown(value)}" for name, value in row.items())
+                print(", ".join(shown), flush=True)
+        finally:
+            if done:
+                self._finish(done)
+        return done
+
+    def _finish(self, done: Sequence[Record]) -> None:
         heads = list(dict.fromkeys(name for row in done for name in row))
         print()
         print_columns([heads, *([_shown(row.get(name)) for name in heads] for row in done)])
         flags = {name: str(value) for name, value in vars(self.flags).items()}
         write_json(self.flags.output, {**run_record(self.device), "flags": flags, "rows": done})
-        return done
 
 
 class Bench:
@@ -265,7 +275,12 @@ class Bench:
         step()  # captures the graph, where there is one
         self._wait()
         capture_ms = 1e3 * (time.perf_counter() - start)
-        ms = self.median_ms(lambda: [step() for _ in range(STEPS)]) / STEPS
+
+        def some_steps() -> None:
+            for _ in range(STEPS):
+                step()
+
+        ms = self.median_ms(some_steps) / STEPS
         floor = self.floor_ms(config, batch, prompt)
         captured = getattr(cache, "graph", None) is not None
         return {

@@ -12,6 +12,7 @@ from torch import Tensor
 from keyformer.attention import Attended, Tokens
 from keyformer.attention import attention as torch_attention
 from keyformer.config import InputError
+from keyformer.text import Span
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,12 +71,17 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
     output_weights: bool = False,
+    span: Span | None = None,
     **options: Any,
 ) -> Attended:
-    """:func:`keyformer.attention.attention`, by the prefill kernels where they are to run."""
+    """:func:`keyformer.attention.attention`, by the prefill kernels where they are to run.
+
+    ``span`` is that of the new tokens, which only the kernels ask for.
+    """
     others: dict[str, Any] = {"softcap": softcap, "window": window}
     if not output_weights and run_on(backend, query, **others):
         from keyformer.kernels import prefill
 
-        return prefill.attention(query, slots, new, **options)
+        span = span or Span(new.positions[:, 0], new.places[:, 0])
+        return prefill.attention(query, slots, new, span, **options)
     return torch_attention(query, slots, new, output_weights=output_weights, **others, **options)

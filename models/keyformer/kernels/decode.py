@@ -188,7 +188,7 @@ def _join(
 def _rank(
     score, position, seen, window_start, safe_before, MEAN: tl.constexpr, STRIDE: tl.constexpr
 ):
-    """KeyformerLayer._leaves for tokens: the lowest leaves."""
+    """KeyformerLayer._ranks for real tokens: the lowest leaves."""
     if MEAN:
         score = score / (seen - position).to(tl.float32)
     rank = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) + (0x7FFFFFFF - position)

@@ -7,6 +7,7 @@ again. Slots that hold earlier text and the new tokens are walked over one after
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from keyformer.kernels.noise import (
 )
 from keyformer.kernels.tiles import tile
 from keyformer.score import Scorer
+from keyformer.text import Span
 
 HIDDEN = tl.constexpr(-1e30)
 """The logit of a key that is not there: finite, so that no difference of two is NaN."""
@@ -82,9 +84,7 @@ def _attend(
     slot_places,
     slopes,
     held,
-    first_real,
-    first_position,
-    first_place,
+    columns,
     output,
     normal,
     hashes,
@@ -102,6 +102,8 @@ def _attend(
     slots,
     scale,
     sharpness,
+    log_factor,
+    log_forgetting,
     row,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -130,9 +132,10 @@ def _attend(
     key += batch.to(tl.int64) * key_stride_batch + kv_head * key_stride_head
     value += batch.to(tl.int64) * value_stride_batch + kv_head * value_stride_head
     # From the first real token on, places and positions go up by one from column to column.
-    first = tl.load(first_real + batch).to(tl.int32)
-    to_place = tl.load(first_place + batch).to(tl.int32) - first
-    to_position = tl.load(first_position + batch).to(tl.int32) - first
+    batches = tl.num_programs(1) // HEADS
+    first = tl.load(columns + batch).to(tl.int32)
+    to_position = tl.load(columns + batches + batch).to(tl.int32) - first
+    to_place = tl.load(columns + 2 * batches + batch).to(tl.int32) - first
 
     top = tl.full([QUERY_BLOCK], HIDDEN, tl.float32)
     noisy_top = tl.full([QUERY_BLOCK], HIDDEN, tl.float32)
@@ -165,9 +168,9 @@ def _attend(
                 if ALIBI:
                     place = tl.load(slot_places + at, mask=seen < filled, other=0).to(tl.int32)
                     logits += slope * (place - (here + to_place)).to(tl.float32)[None, :]
-                columns = tl.zeros([KEY_BLOCK], tl.uint32)
+                hash_of_slot = tl.zeros([KEY_BLOCK], tl.uint32)
                 if NOISE != "none":
-                    columns = spread(tl.load(slot_positions + at, mask=seen < filled, other=0))
+                    hash_of_slot = spread(tl.load(slot_positions + at, mask=seen < filled, other=0))
                 mean, top, total, noisy_top, noisy_total = _add(
                     mean,
                     top,
@@ -178,7 +181,7 @@ def _attend(
                     0.0,
                     v,
                     rows,
-                    columns,
+                    hash_of_slot,
                     sharpness,
                     NOISE,
                     NOISY,
@@ -239,6 +242,10 @@ def _attend(
             log = noisy_top + tl.log2(noisy_total) + shared * sharpness
         else:
             log = top + tl.log2(total) + shared
+        # A query's softmax counts for less with each later one; that of padding for nothing.
+        last = tl.load(columns + 3 * batches + batch).to(tl.int32)
+        log -= log_factor + (last - asked).to(tl.float32) * log_forgetting
+        log = tl.where((asked >= first) & (asked <= last), log, float("inf"))
         at = tl.program_id(1) * padded + asked
         tl.store(normal + at, log)
         if NOISE != "none":
@@ -252,8 +259,7 @@ def _score(
     key_positions,
     key_places,
     slopes,
-    first_real,
-    first_place,
+    columns,
     normal,
     hashes,
     scores,
@@ -289,13 +295,14 @@ def _score(
     key += batch.to(tl.int64) * key_stride_batch + kv_head * key_stride_head
     at = batch * place_stride_batch + kv_head * place_stride_head + seen
     place = tl.load(key_places + at, mask=seen < keys, other=-1).to(tl.int32)
-    columns = tl.zeros([KEY_BLOCK], tl.uint32)
+    hash_of_key = tl.zeros([KEY_BLOCK], tl.uint32)
     if NOISE != "none":
-        columns = spread(tl.load(key_positions + at, mask=seen < keys, other=0))
+        hash_of_key = spread(tl.load(key_positions + at, mask=seen < keys, other=0))
     here = tl.max(place, axis=0)
     given = tl.zeros([KEY_BLOCK], tl.float32)
-    first_column = tl.load(first_real + batch).to(tl.int32)
-    to_place = tl.load(first_place + batch).to(tl.int32) - first_column
+    batches = tl.num_programs(1) // KV_HEADS
+    first_column = tl.load(columns + batch).to(tl.int32)
+    to_place = tl.load(columns + 2 * batches + batch).to(tl.int32) - first_column
     first = first_column // QUERY_BLOCK * QUERY_BLOCK
     all_see = first
     if CAUSAL:
@@ -334,7 +341,7 @@ def _score(
                     logits = tl.where((block + column)[None, :] >= seen[:, None], logits, HIDDEN)
                 if NOISE != "none":
                     rows = tl.load(hashes + of_head + block + column).to(tl.uint32, bitcast=True)
-                    logits += zeta(rows[None, :], columns[:, None], NOISE) * sharpness
+                    logits += zeta(rows[None, :], hash_of_key[:, None], NOISE) * sharpness
                 given += tl.sum(tl.exp2(logits - log[None, :]), axis=1)
     at = scores + tl.program_id(1).to(tl.int64) * score_stride + seen
     tl.store(at, given, mask=seen < keys)
@@ -353,6 +360,7 @@ def attention(
     query: Tensor,
     slots: Tokens,
     new: Tokens,
+    span: Span,
     *,
     scale: float,
     alibi_slopes: Tensor | None = None,
@@ -362,11 +370,6 @@ def attention(
     batch, heads, queries, head_dim = query.shape
     kv_heads, held = slots.positions.shape[1:]
     dim_block = max(16, triton.next_power_of_2(head_dim))
-    positions = new.positions[:, 0]
-    first_real = (positions >= 0).int().argmax(dim=-1, keepdim=True)
-    first_place = new.places[:, 0].gather(1, first_real)
-    first_position = positions.gather(1, first_real)
-    first_real = first_real.masked_fill(first_position < 0, queries)
     output = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=query.device)
     sharpness = 1.0 if scorer is None else 1.0 / scorer.tau
     row = 0 if scorer is None else scorer.row
@@ -392,10 +395,8 @@ def attention(
         slots.positions,
         slots.places,
         alibi_slopes,
-        (slots.positions[:, 0] >= 0).sum(dim=-1),
-        first_real,
-        first_position,
-        first_place,
+        (slots.positions[:, 0] >= 0).sum(dim=-1) if held else None,
+        span.columns,
         output,
         normal,
         hashes,
@@ -407,6 +408,8 @@ def attention(
         held,
         scale,
         sharpness,
+        math.log2(scorer.factor) if scorer is not None else 0.0,
+        math.log2(scorer.config.forgetting) if scorer is not None else 0.0,
         row,
         HEADS=heads,
         SLOTS=held > 0,
@@ -421,9 +424,6 @@ def attention(
         **shape,
     )
     if scorer is not None:
-        weight = scorer.weight(positions, positions.amax(dim=-1))[:, None]
-        weight = torch.nn.functional.pad(weight, (0, padded - queries))
-        normal = (normal - weight.log2()).masked_fill(weight == 0, float("inf"))
         scores = normal.new_empty(batch, kv_heads, held + queries)
         for tokens, causal, at in ((slots, False, 0), (new, True, held)):
             keys = tokens.keys.shape[2]
@@ -435,8 +435,7 @@ def attention(
                 tokens.positions,
                 tokens.places,
                 alibi_slopes,
-                first_real,
-                first_place,
+                span.columns,
                 normal,
                 hashes,
                 scores[..., at:],
@@ -457,5 +456,7 @@ def attention(
                 num_stages=stages,
                 **shape,
             )
-    positions = torch.cat([slots.positions, new.positions], dim=-1)
+    positions = new.positions
+    if held:
+        positions = torch.cat([slots.positions, positions], dim=-1)
     return Attended(output.transpose(1, 2), positions, scores, None)
