@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_algorithm import cases, check_against_oracle
 from transformers import PreTrainedConfig
 
-import keyformer.kernels
+import keyformer.kernels.decode
 import keyformer.replay
 from keyformer import InputError, KeyformerCache, KeyformerConfig, enable_keyformer
 from keyformer.cache import KeyformerLayer
@@ -76,6 +76,16 @@ def test_equals_literal_algorithm(case: Case) -> None:
 def test_methods(method: str) -> None:
     config = KeyformerConfig.preset(method, kv_cache=80, seed=3)
     check_same(Case(config, 1, 2, [150, 90], [1, 1, 20, 1], alibi=True, seed=0))
+
+
+@pytest.mark.parametrize("method", ["keyformer", "h2o", "window"])
+@pytest.mark.parametrize("score", ["per_layer", "shared"])
+def test_scores_added_up_by_several_programs(monkeypatch, method: str, score: str) -> None:
+    """A range of slots each, one of them empty; padding in a step, and slots not filled yet."""
+    monkeypatch.setattr(keyformer.kernels.decode, "SETTLED", 64)
+    config = KeyformerConfig.preset(method, kv_cache=90, seed=3, score=score)
+    check_same(Case(config, 2, 3, [430, 150], [1, 1, 2, 1], alibi=True, seed=0))
+    check_same(Gap(dataclasses.replace(config, kv_budget=400), 1, 2, [20, 30], [1] * 4, True, 0))
 
 
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 4), (80, 1), (128, 1), (256, 1)])

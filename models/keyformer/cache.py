@@ -63,7 +63,7 @@ class KeyformerLayer(CacheLayerMixin):
     scores
         (batch, kv_heads, slots) float32, accumulated f_theta (section 3.3.2).
     finished
-        (batch, kv_heads) int32, zeros: the decode kernel's programs count themselves here.
+        (batch, kv_heads, 2) int32, zeros: the decode kernel's programs count themselves here.
     """
 
     is_sliding = False
@@ -90,7 +90,7 @@ class KeyformerLayer(CacheLayerMixin):
         self.values, self.value_scales = self._quantized(value_states[:, :, none])
         self.positions = torch.zeros(batch, heads, 0, dtype=torch.int64, device=self.device)
         self.scores = torch.zeros(batch, heads, 0, device=self.device)
-        self.finished = torch.zeros(batch, heads, dtype=torch.int32, device=self.device)
+        self.finished = self._unfinished()
         self.is_initialized = True
 
     def place(self, key: Tensor, value: Tensor) -> Tokens:
@@ -195,8 +195,8 @@ class KeyformerLayer(CacheLayerMixin):
         self._grow()
         query, slots, read, new = self._read(query, new, rotary, as_stored=True)
         evicts = self.config.score == "per_layer"
-        if self.finished.shape != self.positions.shape[:2]:
-            self.finished = self.positions.new_zeros(self.positions.shape[:2], dtype=torch.int32)
+        if self.finished.shape[:2] != self.positions.shape[:2]:
+            self.finished = self._unfinished()
         output, new_scores = decode.step(
             self,
             query,
@@ -307,6 +307,9 @@ class KeyformerLayer(CacheLayerMixin):
             dequantize(self.keys, self.key_scales, kind, self.dtype),
             dequantize(self.values, self.value_scales, kind, self.dtype),
         )
+
+    def _unfinished(self) -> Tensor:
+        return self.positions.new_zeros(*self.positions.shape[:2], 2, dtype=torch.int32)
 
     def _quantized(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         return quantize(vectors, self.config.cache_dtype)

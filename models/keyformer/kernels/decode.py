@@ -3,7 +3,8 @@
 Each program reads a part of a head's slots, so that one sequence fills the card; each key and
 value is read once. Further programs, which start last, wait for the parts of their head: one
 joins them, another adds up the scores, finds the token that leaves and writes the new one over
-it.
+it. Where a head has so many slots that this would take long, several do it, a range of slots
+each; the noisy softmax is then left to the parts, and who leaves to the last that is done.
 """
 
 from __future__ import annotations
@@ -199,6 +200,42 @@ def _rank(
 
 
 @triton.jit
+def _add_noise(
+    logits,
+    positions,
+    first_slot,
+    head,
+    in_group,
+    rows,
+    sharpness,
+    begin,
+    end,
+    slots,
+    top,
+    total,
+    BLOCK: tl.constexpr,
+    NOISE: tl.constexpr,
+):
+    """Make logits those of the noisy softmax, and take them into its maximum and total."""
+    for start in range(begin, end, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        filled = slot < end
+        y_at = logits + head.to(tl.int64)[:, None] * slots + slot[None, :]
+        there = in_group[:, None] & filled[None, :]
+        y = tl.load(y_at, mask=there, other=NOTHING)
+        if NOISE != "none":
+            position = tl.load(positions + first_slot + slot, mask=filled, other=0)
+            y += zeta(rows[:, None], spread(position)[None, :], NOISE)
+        y = tl.where(there, y * sharpness, NOTHING)
+        tl.store(y_at, y, mask=there)
+        new_top = tl.maximum(top, tl.max(y, axis=1))
+        total *= tl.exp2(top - new_top)
+        total += tl.sum(tl.where(there, tl.exp2(y - new_top[:, None]), 0.0), axis=1)
+        top = new_top
+    return top, total
+
+
+@triton.jit
 def _settle(
     query,
     key,
@@ -225,12 +262,17 @@ def _settle(
     forgetting,
     damping,
     logits,
+    stats,
+    candidates,
     new_scores,
     finished,
     pair,
     pairs,
     slots,
+    heads,
     parts,
+    used,
+    settler,
     HEAD_DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
@@ -245,6 +287,8 @@ def _settle(
     ROW: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUPS_BLOCK: tl.constexpr,
+    PARTS_BLOCK: tl.constexpr,
+    SETTLERS: tl.constexpr,
 ):
     """Add up the scores of a head's slots, and write the new token over the one that leaves."""
     dim = tl.arange(0, DIM_BLOCK)
@@ -264,21 +308,34 @@ def _settle(
         top, total = x, tl.full([GROUP_BLOCK], 1.0, tl.float32)
     _wait(finished, parts)
     if SCORED:
-        for start in range(0, held, BLOCK):
-            slot = start + tl.arange(0, BLOCK)
-            filled = slot < held
-            y_at = logits + head.to(tl.int64)[:, None] * slots + slot[None, :]
-            there = in_group[:, None] & filled[None, :]
-            y = tl.load(y_at, mask=there, other=NOTHING)
-            if NOISE != "none":
-                position = tl.load(positions + first_slot + slot, mask=filled, other=0)
-                y += zeta(rows[:, None], spread(position)[None, :], NOISE)
-            y *= sharpness
-            tl.store(y_at, y, mask=there)
-            new_top = tl.maximum(top, tl.max(tl.where(there, y, NOTHING), axis=1))
-            total *= tl.exp2(top - new_top)
-            total += tl.sum(tl.where(there, tl.exp2(y - new_top[:, None]), 0.0), axis=1)
-            top = new_top
+        if SETTLERS == 1:
+            top, total = _add_noise(
+                logits,
+                positions,
+                first_slot,
+                head,
+                in_group,
+                rows,
+                sharpness,
+                0,
+                held,
+                slots,
+                top,
+                total,
+                BLOCK,
+                NOISE,
+            )
+        else:
+            for start in range(0, used, PARTS_BLOCK):
+                part = start + tl.arange(0, PARTS_BLOCK)
+                at = (2 * heads + head)[:, None] * parts + part[None, :]
+                there = in_group[:, None] & (part < used)[None, :]
+                tops = tl.load(stats + at, mask=there, other=NOTHING)
+                totals = tl.load(stats + heads * parts + at, mask=there, other=0.0)
+                new_top = tl.maximum(top, tl.max(tops, axis=1))
+                total *= tl.exp2(top - new_top)
+                total += tl.sum(totals * tl.exp2(tops - new_top[:, None]), axis=1)
+                top = new_top
         normal = top + tl.log2(total)
         new_score = tl.sum(tl.where(in_group, tl.exp2(x - normal), 0.0), axis=0) * damping
         tl.debug_barrier()  # what one thread has stored another may load
@@ -290,12 +347,15 @@ def _settle(
     full = held == budget
     lowest = tl.full([BLOCK], STAYS, tl.int64)
     lowest_slot = tl.zeros([BLOCK], tl.int32)
-    end = held
+    begin, end = 0, held
+    if SETTLERS > 1:
+        share = tl.cdiv(tl.cdiv(slots, SETTLERS), BLOCK) * BLOCK
+        begin, end = settler * share, tl.minimum(settler * share + share, held)
     if not SCORED:
-        end = tl.where(full, held, 0)
-    for start in range(0, end, BLOCK):
+        end = tl.where(full, end, 0)
+    for start in range(begin, end, BLOCK):
         slot = start + tl.arange(0, BLOCK)
-        filled = slot < held
+        filled = slot < end
         score = tl.zeros([BLOCK], tl.float32)
         if SCORED:
             y_at = head.to(tl.int64)[:, None] * slots + slot[None, :]
@@ -315,8 +375,20 @@ def _settle(
         new_rank = _rank(new_score, new_position, seen, window_start, safe_before, MEAN, STRIDE)
         leaving = tl.min(lowest, axis=0)
         loser = tl.min(tl.where(lowest == leaving, lowest_slot, slots), axis=0)
+        is_last = True
+        if SETTLERS > 1:
+            candidates += pair * SETTLERS * 2
+            tl.store(candidates + settler * 2, leaving)
+            tl.store(candidates + settler * 2 + 1, loser.to(tl.int64))
+            tl.debug_barrier()
+            is_last = tl.atomic_add(finished + 1, 1) == SETTLERS - 1
+            tl.store(finished + 1, 0, mask=is_last)
+            each = tl.arange(0, SETTLERS) * 2
+            ranks, losers = tl.load(candidates + each), tl.load(candidates + each + 1)
+            leaving = tl.min(ranks, axis=0)
+            loser = tl.min(tl.where(ranks == leaving, losers, slots), axis=0).to(tl.int32)
         target = first_slot + tl.where(full, loser, held)
-        stays = (held < budget) | (leaving < new_rank)
+        stays = is_last & ((held < budget) | (leaving < new_rank))
         tl.debug_barrier()  # the slot's own score was stored by another thread
         tl.store(scores + target, new_score, mask=stays)
         tl.store(positions + target, new_position, mask=stays)
@@ -330,7 +402,7 @@ def _settle(
             scale = tl.load(stored_scales + (pairs + pair) * GROUPS + group, mask=there)
             tl.store(value_scales + target * GROUPS + group, scale, mask=there)
     else:
-        tl.store(new_scores + pair, new_score)
+        tl.store(new_scores + pair, new_score, mask=settler == 0)
 
 
 @triton.jit(do_not_specialize=["row"])
@@ -360,6 +432,7 @@ def _step(
     logits,
     stats,
     outputs,
+    candidates,
     output,
     new_scores,
     finished,
@@ -403,10 +476,11 @@ def _step(
     ROW: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUPS_BLOCK: tl.constexpr,
+    SETTLERS: tl.constexpr,
 ):
     """Programs of a key/value head: for its parts, for each query head's output, for eviction."""
     pair, pairs = tl.program_id(0), tl.num_programs(0)
-    part, parts = tl.program_id(1), tl.num_programs(1) - GROUP - 1
+    part, parts = tl.program_id(1), tl.num_programs(1) - GROUP - SETTLERS
     batch, kv_head = pair // KV_HEADS, pair % KV_HEADS
     heads, first_head = pairs * GROUP, pair * GROUP
     dim = tl.arange(0, DIM_BLOCK)
@@ -414,10 +488,15 @@ def _step(
     seen_now, budget = tl.load(seen + batch), tl.load(budgets + batch)
     held = tl.minimum(seen_now - (new_position >= 0).to(tl.int64), budget).to(tl.int32)
     used = tl.cdiv(held, part_slots)
-    finished += pair
+    finished += 2 * pair
     query += batch * query_stride_batch + kv_head * GROUP * query_stride_head
     key += batch * key_stride_batch + kv_head * key_stride_head
     value += batch * value_stride_batch + kv_head * value_stride_head
+    members = tl.arange(0, GROUP_ROWS)
+    rows = query_row(head_row(row, batch, kv_head * GROUP + members), new_position, ONCE)
+    sharpness = 1.0
+    if SCORED:
+        sharpness = 1.0 / tl.load(tau)
     if part < parts:
         group = tl.arange(0, DOT_ROWS)
         place = 0
@@ -457,6 +536,27 @@ def _step(
             ROW,
             GROUPS,
         )
+        if SCORED and SETTLERS > 1:
+            tl.debug_barrier()  # what one thread has stored another may load
+            top, total = _add_noise(
+                logits,
+                positions,
+                pair.to(tl.int64) * slots,
+                first_head + members,
+                members < GROUP,
+                rows,
+                sharpness,
+                part * part_slots,
+                tl.minimum(part * part_slots + part_slots, held),
+                slots,
+                tl.full([GROUP_ROWS], NOTHING, tl.float32),
+                tl.zeros([GROUP_ROWS], tl.float32),
+                SETTLE_BLOCK,
+                NOISE,
+            )
+            at = (2 * heads + first_head + members) * parts + part
+            tl.store(stats + at, top, mask=members < GROUP)
+            tl.store(stats + heads * parts + at, total, mask=members < GROUP)
         tl.debug_barrier()  # all threads have stored: the count tells of it
         tl.atomic_add(finished, 1)
     else:
@@ -480,10 +580,6 @@ def _step(
                 PARTS_BLOCK,
             )
         elif new_position >= 0:
-            members = tl.arange(0, GROUP_ROWS)
-            sharpness = 1.0
-            if SCORED:
-                sharpness = 1.0 / tl.load(tau)
             before = 0
             if FROZEN:
                 before = tl.load(frozen_before + batch)
@@ -503,7 +599,7 @@ def _step(
                 scores,
                 first_head + members,
                 members < GROUP,
-                query_row(head_row(row, batch, kv_head * GROUP + members), new_position, ONCE),
+                rows,
                 sharpness,
                 seen_now,
                 held,
@@ -515,12 +611,17 @@ def _step(
                 forgetting,
                 damping,
                 logits,
+                stats,
+                candidates,
                 new_scores,
                 finished,
                 pair,
                 pairs,
                 slots,
+                heads,
                 parts,
+                used,
+                member - GROUP,
                 HEAD_DIM,
                 DIM_BLOCK,
                 GROUP_ROWS,
@@ -535,12 +636,18 @@ def _step(
                 ROW,
                 GROUPS,
                 GROUPS_BLOCK,
+                PARTS_BLOCK,
+                SETTLERS,
             )
         else:
             _wait(finished, parts)
         # The last to have waited leaves the count as it was.
-        if tl.atomic_add(finished, 1) == parts + GROUP:
+        if tl.atomic_add(finished, 1) == parts + GROUP + SETTLERS - 1:
             tl.store(finished, 0)
+
+
+SETTLED = 2048
+"""Scores that are added up at a time, of all query heads that share a key."""
 
 
 def tiling(vector_bytes: int) -> tuple[int, int, int, int]:
@@ -622,7 +729,9 @@ def step(
     group_rows = triton.next_power_of_2(group)
     block, warps, stages, resident = tiling(dim_block * query.element_size())
     at_once = resident * _processors(query.device)
-    part = split(batch * kv_heads, count, group + 1, block, at_once)
+    settle_block = max(64, SETTLED // group_rows)
+    settlers = triton.next_power_of_2(triton.cdiv(count, 2 * settle_block))
+    part = split(batch * kv_heads, count, group + settlers, block, at_once)
     parts = triton.cdiv(count, part)
     scored = scorer is not None
     stored_key, stored_value, stored_scales = new.keys, new.values, layer.key_scales
@@ -636,7 +745,7 @@ def step(
 
     output = torch.empty((batch, 1, heads, head_dim), dtype=query.dtype, device=query.device)
     new_scores = scratch(batch, kv_heads, 0 if evicts else 1)
-    _step[(batch * kv_heads, parts + group + 1)](
+    _step[(batch * kv_heads, parts + group + settlers)](
         query,
         read.keys,
         new.values,
@@ -660,8 +769,9 @@ def step(
         text.places,
         tau,
         scratch(batch * heads, count if scored else 0),
-        scratch(2, batch * heads, parts),
+        scratch(4, batch * heads, parts),
         scratch(batch * heads, parts, head_dim),
+        torch.empty(batch * kv_heads * settlers * 2, dtype=torch.int64, device=query.device),
         output,
         new_scores,
         layer.finished,
@@ -683,7 +793,7 @@ def step(
         BLOCK=block,
         DOT_ROWS=dot_rows,
         GROUP_ROWS=group_rows,
-        SETTLE_BLOCK=max(64, 2048 // group_rows),
+        SETTLE_BLOCK=settle_block,
         PARTS_BLOCK=16,
         ALIBI=alibi_slopes is not None,
         SCORED=scored,
@@ -700,6 +810,7 @@ def step(
         ROW=layer.values.shape[-1],
         GROUPS=groups,
         GROUPS_BLOCK=triton.next_power_of_2(max(1, groups)),
+        SETTLERS=settlers,
         num_warps=warps,
         num_stages=stages,
     )
