@@ -33,22 +33,27 @@ def _normalize(
     WEIGHTED: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """One row."""
+    """One row. What is loaded is asked for before the first sum, on which all threads wait."""
     column = tl.arange(0, BLOCK)
     there = column < width
     at = tl.program_id(0).to(tl.int64) * width + column
     value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
     if ADDS:
         value += tl.load(other + at, mask=there, other=0.0).to(tl.float32)
+    if WEIGHTED:
+        factor = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    if BIASED:
+        shift = tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
+    if ADDS:
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + at, rounded, mask=there)
         value = rounded.to(tl.float32)
     value = tl.where(there, value - tl.sum(value, axis=0) / width, 0.0)
     value *= tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
     if WEIGHTED:
-        value *= tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+        value *= factor
     if BIASED:
-        value += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
+        value += shift
     tl.store(output + at, value, mask=there)
 
 
