@@ -90,7 +90,7 @@ class KeyformerLayer(CacheLayerMixin):
         self.values, self.value_scales = self._quantized(value_states[:, :, none])
         self.positions = torch.zeros(batch, heads, 0, dtype=torch.int64, device=self.device)
         self.scores = torch.zeros(batch, heads, 0, device=self.device)
-        self.finished = self._unfinished()
+        self._count_from_zero()
         self.is_initialized = True
 
     def place(self, key: Tensor, value: Tensor) -> Tokens:
@@ -195,8 +195,6 @@ class KeyformerLayer(CacheLayerMixin):
         self._grow()
         query, slots, read, new = self._read(query, new, rotary, as_stored=True)
         evicts = self.config.score == "per_layer"
-        if self.finished.shape[:2] != self.positions.shape[:2]:
-            self.finished = self._unfinished()
         output, new_scores = decode.step(
             self,
             query,
@@ -308,8 +306,9 @@ class KeyformerLayer(CacheLayerMixin):
             dequantize(self.values, self.value_scales, kind, self.dtype),
         )
 
-    def _unfinished(self) -> Tensor:
-        return self.positions.new_zeros(*self.positions.shape[:2], 2, dtype=torch.int32)
+    def _count_from_zero(self) -> None:
+        shape = (*self.positions.shape[:2], 2)
+        self.finished = torch.zeros(shape, dtype=torch.int32, device=self.device)
 
     def _quantized(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         return quantize(vectors, self.config.cache_dtype)
@@ -423,6 +422,7 @@ class KeyformerLayer(CacheLayerMixin):
         if self.is_initialized:
             for name in self._per_slot:
                 setattr(self, name, getattr(self, name).index_select(0, index.to(self.device)))
+            self._count_from_zero()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give beam i the slots of beam ``beam_idx[i]``, positions and scores with them."""

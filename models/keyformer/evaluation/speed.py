@@ -185,6 +185,8 @@ class Bench:
         Bytes of parameters that a decode step reads.
     bandwidth
         Bytes a second, read and written, of a large copy.
+    layers, heads, kv_heads, head_dim
+        The model's sizes.
     """
 
     def __init__(self, shape: str, dtype: torch.dtype, device: torch.device, repeats: int) -> None:

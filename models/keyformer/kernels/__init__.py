@@ -1,4 +1,4 @@
-"""Triton versions of the two hot loops, and where they run instead of the torch ones."""
+"""Triton versions of the hot loops, and where they run instead of the torch ones."""
 
 from __future__ import annotations
 

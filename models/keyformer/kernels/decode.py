@@ -10,26 +10,20 @@ each; the noisy softmax is then left to the parts, and who leaves to the last th
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from keyformer import cache
 from keyformer.attention import Tokens
 from keyformer.kernels.noise import LOG2_E, head_row, query_row, spread, zeta
-from keyformer.kernels.tiles import slot_tile
+from keyformer.kernels.tiles import HIDDEN, slot_tile
 from keyformer.precision import quantize
 from keyformer.score import Scorer
 
-if TYPE_CHECKING:
-    from keyformer.cache import KeyformerLayer
-
-NOTHING = tl.constexpr(-1e30)
-"""The running maximum of no logits."""
-
-STAYS = tl.constexpr(torch.iinfo(torch.int64).max)
+STAYS = tl.constexpr(cache.STAYS)
 """The rank of a token that may not leave."""
 
 
@@ -75,7 +69,7 @@ def _attend(
     factor = scale * LOG2_E
     if ALIBI:
         slope = tl.load(slopes + tl.arange(0, GROUP_BLOCK), mask=in_group, other=0.0) * LOG2_E
-    top = tl.full([GROUP_BLOCK], NOTHING, tl.float32)
+    top = tl.full([GROUP_BLOCK], HIDDEN, tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
     output = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
     first = pair.to(tl.int64) * slots
@@ -115,7 +109,7 @@ def _attend(
         if ALIBI:
             distance = tl.load(places + first + slot, mask=filled, other=0) - place
             x += slope[:, None] * distance.to(tl.float32)[None, :]
-        x = tl.where(filled[None, :], x, NOTHING)
+        x = tl.where(filled[None, :], x, HIDDEN)
         if SCORED:
             x_at = logits + head.to(tl.int64)[:, None] * slots + slot[None, :]
             tl.store(x_at, x, mask=in_group[:, None] & filled[None, :])
@@ -170,7 +164,7 @@ def _join(
     for start in range(0, used, PARTS_BLOCK):
         part = start + tl.arange(0, PARTS_BLOCK)
         at = head * parts + part
-        tops = tl.load(stats + at, mask=part < used, other=NOTHING)
+        tops = tl.load(stats + at, mask=part < used, other=HIDDEN)
         totals = tl.load(stats + heads * parts + at, mask=part < used, other=0.0)
         means = tl.load(
             outputs + at.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :],
@@ -222,11 +216,11 @@ def _add_noise(
         filled = slot < end
         y_at = logits + head.to(tl.int64)[:, None] * slots + slot[None, :]
         there = in_group[:, None] & filled[None, :]
-        y = tl.load(y_at, mask=there, other=NOTHING)
+        y = tl.load(y_at, mask=there, other=HIDDEN)
         if NOISE != "none":
             position = tl.load(positions + first_slot + slot, mask=filled, other=0)
             y += zeta(rows[:, None], spread(position)[None, :], NOISE)
-        y = tl.where(there, y * sharpness, NOTHING)
+        y = tl.where(there, y * sharpness, HIDDEN)
         tl.store(y_at, y, mask=there)
         new_top = tl.maximum(top, tl.max(y, axis=1))
         total *= tl.exp2(top - new_top)
@@ -330,7 +324,7 @@ def _settle(
                 part = start + tl.arange(0, PARTS_BLOCK)
                 at = (2 * heads + head)[:, None] * parts + part[None, :]
                 there = in_group[:, None] & (part < used)[None, :]
-                tops = tl.load(stats + at, mask=there, other=NOTHING)
+                tops = tl.load(stats + at, mask=there, other=HIDDEN)
                 totals = tl.load(stats + heads * parts + at, mask=there, other=0.0)
                 new_top = tl.maximum(top, tl.max(tops, axis=1))
                 total *= tl.exp2(top - new_top)
@@ -360,7 +354,7 @@ def _settle(
         if SCORED:
             y_at = head.to(tl.int64)[:, None] * slots + slot[None, :]
             y_there = in_group[:, None] & filled[None, :]
-            y = tl.load(logits + y_at, mask=y_there, other=NOTHING)
+            y = tl.load(logits + y_at, mask=y_there, other=HIDDEN)
             given = tl.sum(tl.exp2(y - normal[:, None]), axis=0)
             score = tl.load(scores + first_slot + slot, mask=filled, other=0.0)
             score = score * forgetting + given * damping
@@ -549,7 +543,7 @@ def _step(
                 part * part_slots,
                 tl.minimum(part * part_slots + part_slots, held),
                 slots,
-                tl.full([GROUP_ROWS], NOTHING, tl.float32),
+                tl.full([GROUP_ROWS], HIDDEN, tl.float32),
                 tl.zeros([GROUP_ROWS], tl.float32),
                 SETTLE_BLOCK,
                 NOISE,
@@ -677,7 +671,7 @@ def _processors(device: torch.device) -> int:
 
 
 def step(
-    layer: KeyformerLayer,
+    layer: cache.KeyformerLayer,
     query: Tensor,
     slots: Tokens,
     read: Tokens,

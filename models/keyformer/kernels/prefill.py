@@ -25,12 +25,9 @@ from keyformer.kernels.noise import (
     spread,
     zeta,
 )
-from keyformer.kernels.tiles import tile
+from keyformer.kernels.tiles import HIDDEN, tile
 from keyformer.score import Scorer
 from keyformer.text import Span
-
-HIDDEN = tl.constexpr(-1e30)
-"""The logit of a key that is not there: finite, so that no difference of two is NaN."""
 
 
 @triton.jit

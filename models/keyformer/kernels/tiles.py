@@ -5,6 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from keyformer import attention
+
+HIDDEN = tl.constexpr(attention.HIDDEN)
+"""The logit of a key that is not there: finite, so that no difference of two is NaN."""
+
 
 @triton.jit
 def tile(
