@@ -9,7 +9,7 @@ import torch
 from conftest import script
 
 from keyformer import InputError, KeyformerConfig
-from keyformer.evaluation.speed import ENGINES, SHAPES, Bench, Speed
+from keyformer.evaluation.speed import ENGINES, FIRST, SHAPES, STOCK_CHUNK, Bench, Speed
 
 SCRIPTS = {
     ("benchmarks", "decode"): (["--prompt", "24", "--batch", "2"], len(ENGINES)),
@@ -19,7 +19,7 @@ SCRIPTS = {
         2 * len(ENGINES),
     ),
     ("paper", "fig1"): (["--length", "16", "20", "--stretch", "2"], 6),
-    ("paper", "fig9_table1"): (["--prompt", "16", "--stretch", "2", "--beams", "2"], 4),
+    ("paper", "fig9_table1"): (["--prompt", "24", "--stretch", "2", "--beams", "2"], 4),
     ("paper", "fig10"): (["--prompt", "16"], 3),
 }
 
@@ -90,6 +90,29 @@ def test_query_heads_that_share_keys(engine: str) -> None:
 def test_stock_has_a_position_for_every_token_measured(shape: str) -> None:
     names = ("max_seq_len", "n_positions", "max_position_embeddings")
     assert max(SHAPES[shape].get(name, 0) for name in names) >= 16384
+
+
+def test_stock_reads_in_chunks_what_it_has_no_memory_for(bench: Bench, monkeypatch) -> None:
+    """The same text, and the record says so; an engine of this repository must manage alone."""
+    whole = Bench.generate
+    chunks: list[int | None] = []
+
+    def generate(bench, config, batch, prompt, new, beams, first=0, chunk=None):
+        chunks.append(chunk)
+        if new > FIRST and chunk is None:
+            raise torch.OutOfMemoryError
+        return whole(bench, config, batch, prompt, new, beams, first, chunk and 7)
+
+    monkeypatch.setattr(Bench, "generate", generate)
+    assert bench.generation(None, 2, 16, 40, 1, 4)["prompt_chunk"] == STOCK_CHUNK
+    assert chunks == [None, *3 * [STOCK_CHUNK]]
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.generation(KeyformerConfig(), 2, 16, 40, 1, 4)
+    text = bench.tokens(2, 16)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    stock = bench.model(None)
+    expected = stock.generate(text, **options)
+    assert torch.equal(stock.generate(text, prefill_chunk_size=7, **options), expected)
 
 
 def test_out_of_memory_is_a_result(bench: Bench) -> None:

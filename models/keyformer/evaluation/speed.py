@@ -78,6 +78,12 @@ ENGINES = ("stock", "full", "window", "h2o", "keyformer")
 STEPS = 4
 """Decode steps of a timing, one after the other, so that the host's part overlaps the device's."""
 
+FIRST = 2 * LEAST_STEPS
+"""New tokens before a stretch: among them is the capture of a step."""
+
+STOCK_CHUNK = 512
+"""Tokens that stock attends from at a time if it runs out of memory with a whole prompt."""
+
 COPIED_BYTES = {"cuda": 2**32, "cpu": 2**26}
 """Of the copy that measures bandwidth: many times a cache."""
 
@@ -318,24 +324,6 @@ class Bench:
             run = graph.replay
         return self.median_ms(run)
 
-    def generate(
-        self, config: KeyformerConfig | None, batch: int, prompt: int, new: int, beams: int
-    ) -> float:
-        """Seconds of ``generate``, greedy or with beams, on random prompts."""
-        model, text = self.model(config), self.tokens(batch, prompt)
-        self._wait()
-        start = time.perf_counter()
-        model.generate(
-            text,
-            attention_mask=torch.ones_like(text),
-            max_new_tokens=new,
-            min_new_tokens=new,
-            num_beams=beams,
-            do_sample=False,
-        )
-        self._wait()
-        return time.perf_counter() - start
-
     def generation(
         self,
         config: KeyformerConfig | None,
@@ -348,14 +336,22 @@ class Bench:
         """Seconds of ``generate``, tokens a second, the share of the floor's speed, and memory.
 
         Of more than ``stretch`` new tokens, that many are timed at three lengths and integrated.
+        Where memory does not suffice for stock's attention over a whole prompt, it is read in
+        chunks, which transformers offers.
         """
         if config is not None:
-            self.generate(config, batch, prompt, 2 * LEAST_STEPS, beams)  # compiles the kernels
+            self.generate(config, batch, prompt, FIRST, beams)  # compiles the kernels
+        chunk = None
         before = self._reset_peak()
-        if stretch >= new:
-            seconds = self.generate(config, batch, prompt, new, beams)
-        else:
-            seconds = self._integrated(config, batch, prompt, new, beams, stretch)
+        try:
+            seconds = self._seconds(config, batch, prompt, new, beams, stretch)
+        except torch.OutOfMemoryError:
+            if config is not None:
+                raise
+            chunk = STOCK_CHUNK
+        if chunk is not None:
+            before = self._reset_peak()
+            seconds = self._seconds(config, batch, prompt, new, beams, stretch, chunk)
         # A cache that keeps everything grows from the prompt to all of the text.
         grows = config is None or config.budget(prompt) > prompt
         ends = (prompt, prompt + new) if grows else (prompt, prompt)
@@ -366,9 +362,10 @@ class Bench:
             "floor_seconds": floor,
             "floor / seconds": floor / seconds,
             "peak_gb": self._peak_gb(before),
+            "prompt_chunk": chunk,
         }
 
-    def _integrated(
+    def _seconds(
         self,
         config: KeyformerConfig | None,
         batch: int,
@@ -376,18 +373,61 @@ class Bench:
         new: int,
         beams: int,
         stretch: int,
+        chunk: int | None = None,
     ) -> float:
-        """Seconds by Simpson's rule over a token's time at the beginning, middle and end."""
+        """Seconds of ``generate``: of all of it, or by Simpson's rule over three stretches."""
+        if FIRST + stretch >= new:
+            return self.generate(config, batch, prompt, new, beams, chunk=chunk)[-1]
         if config is not None:
             config = replace(config, kv_budget=config.budget(prompt))  # as after the prompt
-        few = max(4, stretch // 4)
         times = []
         for length in (prompt + new, prompt + new // 2, prompt):
-            short = self.generate(config, batch, length, few, beams)
-            long = self.generate(config, batch, length, few + stretch, beams)
-            times.append((long - short) / stretch)
+            some = FIRST + stretch
+            first, all_of_them = self.generate(config, batch, length, some, beams, FIRST, chunk)
+            times.append((all_of_them - first) / stretch)
         end, middle, begin = times
-        return short - few * begin + new * (begin + 4 * middle + end) / 6
+        return first + (new - FIRST) * (begin + 4 * middle + end) / 6
+
+    def generate(
+        self,
+        config: KeyformerConfig | None,
+        batch: int,
+        prompt: int,
+        new: int,
+        beams: int,
+        first: int = 0,
+        chunk: int | None = None,
+    ) -> list[float]:
+        """Seconds of ``generate``, greedy or with beams, on random prompts.
+
+        Returns
+        -------
+        list
+            From the start to the ``first`` new tokens, if any, and to all of them.
+        """
+        model, text = self.model(config), self.tokens(batch, prompt)
+        times = []
+
+        def look(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
+            if tokens.shape[1] == prompt + first:
+                self._wait()
+                times.append(time.perf_counter() - start)
+            return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+        self._wait()
+        start = time.perf_counter()
+        model.generate(
+            text,
+            attention_mask=torch.ones_like(text),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            num_beams=beams,
+            do_sample=False,
+            stopping_criteria=[look],
+            prefill_chunk_size=chunk,
+        )
+        self._wait()
+        return [*times, time.perf_counter() - start]
 
     def fits(self, config: KeyformerConfig, batch: int, prompt: int, new: int) -> bool:
         """Whether prompts and ``new`` tokens after each fit in memory."""
