@@ -28,6 +28,7 @@ class Case:
     rotates: bool = False
     head_dim: int = 4
     device: str = "cpu"
+    layers: int = 1  # which are all fed the same; their noise differs
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
@@ -61,11 +62,13 @@ class Case:
         return columns[None] >= first[:, None]
 
     def run(self):
-        """The cache after each forward, with the output of that forward."""
-        cache = KeyformerCache(PreTrainedConfig(num_hidden_layers=1), self.config)
+        """The cache after each forward, with the last layer's output of that forward."""
+        cache = KeyformerCache(PreTrainedConfig(num_hidden_layers=self.layers), self.config)
         cache.max_new_tokens = 7
         for start, end in self.forwards():
-            yield cache, (start, end), self.attend(cache, 0, start, end)
+            for layer in range(self.layers):
+                output = self.attend(cache, layer, start, end)
+            yield cache, (start, end), output
 
     def attend(self, cache: KeyformerCache, layer: int, start: int, end: int) -> torch.Tensor:
         """The output of these columns in a layer."""

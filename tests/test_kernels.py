@@ -281,7 +281,7 @@ def test_reordering_equals_a_copy_of_every_row(
 ) -> None:
     """Any parents, swaps and cycles among them, with steps in between."""
     config = KeyformerConfig(kv_budget=6, seed=seed, cache_dtype=kind)
-    case = Case(config, 1, 1, [9, 5, 9, 7], [1] * len(rounds), alibi=False, seed=seed)
+    case = Case(config, 1, 1, [9, 5, 9, 7], [1] * len(rounds), alibi=False, seed=seed, layers=2)
     caches = {}
     for backend in ("torch", "triton"):
         run = with_backend(case, backend).run()
@@ -290,9 +290,10 @@ def test_reordering_equals_a_copy_of_every_row(
             cache.reorder_cache(torch.tensor(parents, device=DEVICE))
             next(run)
         caches[backend] = cache
-    for name in KeyformerLayer._per_slot:
-        ours, theirs = (getattr(cache.layers[0], name) for cache in caches.values())
-        assert torch.allclose(ours, theirs, atol=1e-5), name
+    for layers in zip(*(cache.layers for cache in caches.values()), strict=True):
+        for name in KeyformerLayer._per_slot:
+            ours, theirs = (getattr(layer, name) for layer in layers)
+            assert torch.allclose(ours, theirs, atol=1e-5), name
 
 
 def test_reordering_copies_only_what_differs() -> None:

@@ -426,15 +426,7 @@ class KeyformerLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give beam i the slots of beam ``beam_idx[i]``, positions and scores with them."""
-        if self.is_initialized and kernels.reorder_on(
-            self.config.backend, self.scores, beam_idx, window=self.window
-        ):
-            from keyformer.kernels import reorder
-
-            parents = beam_idx.to(self.device).contiguous()
-            reorder.take(self, parents, self.text.on(self.device).shared)
-        else:
-            self._select(beam_idx)
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences ``indices``."""
@@ -707,7 +699,19 @@ class KeyformerCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give beam i the slots of beam ``beam_idx[i]``, positions and scores with them."""
-        super().reorder_cache(beam_idx)
+        alike: dict[Any, list[KeyformerLayer]] = {}
+        for layer in filter(lambda layer: layer.is_initialized, self.layers):
+            alike.setdefault((layer.device, layer.window, layer.keys.shape), []).append(layer)
+        for (device, window, _), layers in alike.items():
+            backend, scores = self.config.backend, layers[0].scores
+            if kernels.reorder_on(backend, scores, beam_idx, window=window):
+                from keyformer.kernels import reorder
+
+                parents = beam_idx.to(device).contiguous()
+                reorder.take(layers, parents, self.text.on(device).shared)
+            else:
+                for layer in layers:
+                    layer.reorder_cache(beam_idx)
         for text in self.texts:
             text.select(beam_idx)
 

@@ -7,8 +7,11 @@ positions and those few keys and values, not its cache.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,12 +25,13 @@ LARGEST_BATCH = 256
 
 @triton.jit
 def _take(
-    keys,
-    key_scales,
-    values,
-    value_scales,
-    positions,
-    scores,
+    first_keys,
+    first_key_scales,
+    first_values,
+    first_value_scales,
+    first_positions,
+    first_scores,
+    addresses,
     parents,
     shared,
     batch,
@@ -40,7 +44,17 @@ def _take(
     BATCH_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """All rows of some slots of a head: everything is read before anything is written."""
+    """All rows of some slots of a head: everything is read before anything is written.
+
+    Of the first layer's tensors only the types are used.
+    """
+    addresses += tl.program_id(2) * 6
+    keys = tl.multiple_of(tl.load(addresses).to(first_keys.dtype), 16)
+    key_scales = tl.load(addresses + 1).to(first_key_scales.dtype)
+    values = tl.multiple_of(tl.load(addresses + 2).to(first_values.dtype), 16)
+    value_scales = tl.load(addresses + 3).to(first_value_scales.dtype)
+    positions = tl.multiple_of(tl.load(addresses + 4).to(first_positions.dtype), 16)
+    scores = tl.multiple_of(tl.load(addresses + 5).to(first_scores.dtype), 16)
     row, slot = tl.arange(0, BATCH_BLOCK), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     element = tl.arange(0, ROW_BLOCK)
     parent = tl.load(parents + row, mask=row < batch, other=0).to(tl.int32)
@@ -75,30 +89,27 @@ def _take(
     tl.store(values + here_at, v, mask=wanted)
 
 
-def take(layer: KeyformerLayer, parents: Tensor, shared: Tensor) -> None:
-    """Give row i of a layer's slots what row ``parents[i]`` has.
+def take(layers: Sequence[KeyformerLayer], parents: Tensor, shared: Tensor) -> None:
+    """Give row i of the slots of layers what row ``parents[i]`` has, in one launch.
 
     Parameters
     ----------
-    layer
-        Whose slots are changed.
+    layers
+        Whose slots are changed: all of one shape, on one device.
     parents
         (batch,) int64.
     shared
         (batch, batch) int64: see :class:`keyformer.text.Text`.
     """
-    batch, kv_heads, slots, row = layer.keys.shape
-    groups = layer.key_scales.shape[-1]
+    tensors = [getattr(layer, name) for layer in layers for name in layer._per_slot]
+    batch, kv_heads, slots, row = layers[0].keys.shape
+    groups = layers[0].key_scales.shape[-1]
     row_block = max(16, triton.next_power_of_2(row))
     batch_block = triton.next_power_of_2(batch)
     block = max(1, 16384 // (batch_block * row_block))
-    _take[(triton.cdiv(slots, block), kv_heads)](
-        layer.keys,
-        layer.key_scales,
-        layer.values,
-        layer.value_scales,
-        layer.positions,
-        layer.scores,
+    _take[(triton.cdiv(slots, block), kv_heads, len(layers))](
+        *tensors[: len(layers[0]._per_slot)],
+        _table(tuple(tensor.data_ptr() for tensor in tensors), parents.device),
         parents,
         shared,
         batch,
@@ -112,3 +123,9 @@ def take(layer: KeyformerLayer, parents: Tensor, shared: Tensor) -> None:
         BLOCK=block,
         num_warps=8,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """Addresses where a kernel can read them; kept, since copying them waits for the device."""
+    return torch.tensor(addresses, device=device)
