@@ -124,12 +124,11 @@ class Text:
         starts_prompt = tokens > 1 or not self.length
         if starts_prompt and self.length >= self.prompt_end:
             self.expect(real)
-        count = real.cumsum(dim=-1)
-        self.positions = self.places = _after(self.seen, count, real)
+        self.positions = self.places = _after(self.seen, real)
         if self.config.positions == "new":
             self.places = self.next_places(real)
         self.span = Span(self.positions, self.places)
-        self.seen += count[:, -1]
+        self.seen += real.sum(dim=-1)
         self.advance(tokens)
 
     def advance(self, tokens: int) -> None:
@@ -167,8 +166,7 @@ class Text:
         Tensor
             (batch, tokens) int64, -1 for padding.
         """
-        count = real.cumsum(dim=-1)
-        return _after(self._first_place(count[:, -1]), count, real)
+        return _after(self._first_place(real), real)
 
     def places_needed(self, real: Tensor, new_tokens: int) -> int:
         """How many places new tokens, chunk by chunk, and those generated after them take.
@@ -191,12 +189,12 @@ class Text:
         needed = torch.minimum(seen + before, budgets) + (count - before).clamp(max=chunk)
         return int(torch.maximum(needed.amax(dim=0), torch.minimum(at_end, budgets + 1)).max())
 
-    def _first_place(self, count: Tensor) -> Tensor:
-        """The place after those taken, (batch,) int64, where ``count`` real tokens are new."""
-        seen = self.seen.to(count.device)
+    def _first_place(self, real: Tensor) -> Tensor:
+        """The place after those taken, (batch,) int64, where ``real`` tokens are new."""
+        seen = self.seen.to(real.device)
         if self.config.positions == "original":
             return seen
-        return torch.minimum(seen, self._budgets(count))
+        return torch.minimum(seen, self._budgets(real.sum(dim=-1)))
 
     def _budgets(self, count: Tensor) -> Tensor:
         """k of each sequence, (batch,) int64: by its tokens if this is its first prompt."""
@@ -229,6 +227,9 @@ class Text:
         self.shared = torch.where(same, self.seen, self.shared[index[:, None], index])
 
 
-def _after(first: Tensor, count: Tensor, real: Tensor) -> Tensor:
+def _after(first: Tensor, real: Tensor) -> Tensor:
     """Numbers of the real tokens from ``first`` (batch,) on, -1 for padding; (batch, tokens)."""
-    return (first[:, None] + (count - 1)).masked_fill(~real, -1)
+    numbers = first[:, None]
+    if real.shape[1] > 1:  # a decode step is spared the kernels of a sum
+        numbers = numbers + (real.cumsum(dim=-1) - 1)
+    return numbers.masked_fill(~real, -1)

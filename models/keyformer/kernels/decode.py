@@ -3,8 +3,9 @@
 Each program reads a part of a head's slots, so that one sequence fills the card; each key and
 value is read once. Further programs, which start last, wait for the parts of their head: one
 joins them, another adds up the scores, finds the token that leaves and writes the new one over
-it. Where a head has so many slots that this would take long, several do it, a range of slots
-each; the noisy softmax is then left to the parts, and who leaves to the last that is done.
+it. It draws the noise while it waits. Where a head has more slots than a program's registers
+hold, several do it, a range of slots each; the noisy softmax is then left to the parts, and who
+leaves to the last that is done.
 """
 
 from __future__ import annotations
@@ -205,12 +206,13 @@ def _add_noise(
     begin,
     end,
     slots,
-    top,
-    total,
+    GROUP_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     NOISE: tl.constexpr,
 ):
-    """Make logits those of the noisy softmax, and take them into its maximum and total."""
+    """Make the logits of a part those of the noisy softmax; its maximum and total."""
+    top = tl.full([GROUP_BLOCK], HIDDEN, tl.float32)
+    total = tl.zeros([GROUP_BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         filled = slot < end
@@ -287,88 +289,63 @@ def _settle(
     """Add up the scores of a head's slots, and write the new token over the one that leaves."""
     dim = tl.arange(0, DIM_BLOCK)
     in_head = dim < HEAD_DIM
+    slot = settler * BLOCK + tl.arange(0, BLOCK)
+    filled = slot < held
     first_slot = pair.to(tl.int64) * slots
+    position = tl.load(positions + first_slot + slot, mask=filled, other=0).to(tl.int32)
+    score = tl.zeros([BLOCK], tl.float32)
     new_key = tl.load(stored_key + dim, mask=dim < ROW, other=0)
     new_value = tl.load(stored_value + dim, mask=dim < ROW, other=0)
     new_score = tl.full([], 0.0, tl.float32)
     if SCORED:
+        score += tl.load(scores + first_slot + slot, mask=filled, other=0.0)
+        there = in_group[:, None] & filled[None, :]
         real = in_group[:, None] & in_head[None, :]
         q = tl.load(query, mask=real, other=0.0).to(tl.float32)
         k = tl.load(key + dim, mask=in_head, other=0.0).to(tl.float32)
         x = tl.sum(q * k[None, :], axis=1) * (scale * LOG2_E)
         if NOISE != "none":
             x += zeta(rows, spread(new_position), NOISE)
+            if SETTLERS == 1:
+                noise = zeta(rows[:, None], spread(position)[None, :], NOISE)
         x *= sharpness
-        top, total = x, tl.full([GROUP_BLOCK], 1.0, tl.float32)
     _wait(finished, parts)
     if SCORED:
+        y_at = logits + head.to(tl.int64)[:, None] * slots + slot[None, :]
+        y = tl.load(y_at, mask=there, other=HIDDEN)
         if SETTLERS == 1:
-            top, total = _add_noise(
-                logits,
-                positions,
-                first_slot,
-                head,
-                in_group,
-                rows,
-                sharpness,
-                0,
-                held,
-                slots,
-                top,
-                total,
-                BLOCK,
-                NOISE,
-            )
+            if NOISE != "none":
+                y += noise
+            y = tl.where(there, y * sharpness, HIDDEN)
+            top = tl.maximum(x, tl.max(y, axis=1))
+            total = tl.exp2(x - top) + tl.sum(tl.exp2(y - top[:, None]), axis=1)
         else:
+            top, total = x, tl.full([GROUP_BLOCK], 1.0, tl.float32)
             for start in range(0, used, PARTS_BLOCK):
                 part = start + tl.arange(0, PARTS_BLOCK)
                 at = (2 * heads + head)[:, None] * parts + part[None, :]
-                there = in_group[:, None] & (part < used)[None, :]
-                tops = tl.load(stats + at, mask=there, other=HIDDEN)
-                totals = tl.load(stats + heads * parts + at, mask=there, other=0.0)
+                of_part = in_group[:, None] & (part < used)[None, :]
+                tops = tl.load(stats + at, mask=of_part, other=HIDDEN)
+                totals = tl.load(stats + heads * parts + at, mask=of_part, other=0.0)
                 new_top = tl.maximum(top, tl.max(tops, axis=1))
                 total *= tl.exp2(top - new_top)
                 total += tl.sum(totals * tl.exp2(tops - new_top[:, None]), axis=1)
                 top = new_top
         normal = top + tl.log2(total)
         new_score = tl.sum(tl.where(in_group, tl.exp2(x - normal), 0.0), axis=0) * damping
-        tl.debug_barrier()  # what one thread has stored another may load
+        score = score * forgetting + tl.sum(tl.exp2(y - normal[:, None]), axis=0) * damping
+        tl.store(scores + first_slot + slot, score, mask=filled)
 
-    safe_before = tl.minimum(budget, SINKS)
-    if FROZEN:
-        safe_before = tl.maximum(safe_before, frozen_before)
-    window_start = seen - STRIDE * window
-    full = held == budget
-    lowest = tl.full([BLOCK], STAYS, tl.int64)
-    lowest_slot = tl.zeros([BLOCK], tl.int32)
-    begin, end = 0, held
-    if SETTLERS > 1:
-        share = tl.cdiv(tl.cdiv(slots, SETTLERS), BLOCK) * BLOCK
-        begin, end = settler * share, tl.minimum(settler * share + share, held)
-    if not SCORED:
-        end = tl.where(full, end, 0)
-    for start in range(begin, end, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        filled = slot < end
-        score = tl.zeros([BLOCK], tl.float32)
-        if SCORED:
-            y_at = head.to(tl.int64)[:, None] * slots + slot[None, :]
-            y_there = in_group[:, None] & filled[None, :]
-            y = tl.load(logits + y_at, mask=y_there, other=HIDDEN)
-            given = tl.sum(tl.exp2(y - normal[:, None]), axis=0)
-            score = tl.load(scores + first_slot + slot, mask=filled, other=0.0)
-            score = score * forgetting + given * damping
-            tl.store(scores + first_slot + slot, score, mask=filled)
-        if EVICTS:
-            position = tl.load(positions + first_slot + slot, mask=filled, other=0)
-            rank = _rank(score, position, seen, window_start, safe_before, MEAN, STRIDE)
-            lower = filled & (rank < lowest)
-            lowest = tl.where(lower, rank, lowest)
-            lowest_slot = tl.where(lower, slot, lowest_slot)
     if EVICTS:
+        safe_before = tl.minimum(budget, SINKS)
+        if FROZEN:
+            safe_before = tl.maximum(safe_before, frozen_before)
+        window_start = seen - STRIDE * window
+        rank = _rank(score, position, seen, window_start, safe_before, MEAN, STRIDE)
+        rank = tl.where(filled, rank, STAYS)
         new_rank = _rank(new_score, new_position, seen, window_start, safe_before, MEAN, STRIDE)
-        leaving = tl.min(lowest, axis=0)
-        loser = tl.min(tl.where(lowest == leaving, lowest_slot, slots), axis=0)
+        leaving = tl.min(rank, axis=0)
+        loser = tl.min(tl.where(rank == leaving, slot, slots), axis=0)
         is_last = True
         if SETTLERS > 1:
             candidates += pair * SETTLERS * 2
@@ -381,7 +358,7 @@ def _settle(
             ranks, losers = tl.load(candidates + each), tl.load(candidates + each + 1)
             leaving = tl.min(ranks, axis=0)
             loser = tl.min(tl.where(ranks == leaving, losers, slots), axis=0).to(tl.int32)
-        target = first_slot + tl.where(full, loser, held)
+        target = first_slot + tl.where(held == budget, loser, held)
         stays = is_last & ((held < budget) | (leaving < new_rank))
         tl.debug_barrier()  # the slot's own score was stored by another thread
         tl.store(scores + target, new_score, mask=stays)
@@ -454,6 +431,7 @@ def _step(
     DOT_ROWS: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     SETTLE_BLOCK: tl.constexpr,
+    NOISE_BLOCK: tl.constexpr,
     PARTS_BLOCK: tl.constexpr,
     ALIBI: tl.constexpr,
     SCORED: tl.constexpr,
@@ -543,9 +521,8 @@ def _step(
                 part * part_slots,
                 tl.minimum(part * part_slots + part_slots, held),
                 slots,
-                tl.full([GROUP_ROWS], HIDDEN, tl.float32),
-                tl.zeros([GROUP_ROWS], tl.float32),
-                SETTLE_BLOCK,
+                GROUP_ROWS,
+                NOISE_BLOCK,
                 NOISE,
             )
             at = (2 * heads + first_head + members) * parts + part
@@ -641,7 +618,10 @@ def _step(
 
 
 SETTLED = 2048
-"""Scores that are added up at a time, of all query heads that share a key."""
+"""Logits that a program adds up scores from, of all query heads that share a key."""
+
+REGISTERS = 65536
+"""What a processor has for the threads of all programs that it runs at a time."""
 
 
 def tiling(vector_bytes: int) -> tuple[int, int, int, int]:
@@ -723,11 +703,13 @@ def step(
     group_rows = triton.next_power_of_2(group)
     block, warps, stages, resident = tiling(dim_block * query.element_size())
     at_once = resident * _processors(query.device)
-    settle_block = max(64, SETTLED // group_rows)
-    settlers = triton.next_power_of_2(triton.cdiv(count, 2 * settle_block))
+    scored = scorer is not None
+    # Before slots are as many as the largest budget nobody leaves, and nobody is looked for.
+    looked_at = count if scored or text.largest_budget <= count else 1
+    settle_block = min(SETTLED // group_rows, triton.next_power_of_2(looked_at))
+    settlers = triton.next_power_of_2(triton.cdiv(looked_at, settle_block))
     part = split(batch * kv_heads, count, group + settlers, block, at_once)
     parts = triton.cdiv(count, part)
-    scored = scorer is not None
     stored_key, stored_value, stored_scales = new.keys, new.values, layer.key_scales
     if config.cache_dtype != "auto":
         pair = torch.stack([new.keys, new.values])
@@ -788,6 +770,7 @@ def step(
         DOT_ROWS=dot_rows,
         GROUP_ROWS=group_rows,
         SETTLE_BLOCK=settle_block,
+        NOISE_BLOCK=min(SETTLED // group_rows, triton.next_power_of_2(part)),
         PARTS_BLOCK=16,
         ALIBI=alibi_slopes is not None,
         SCORED=scored,
@@ -807,5 +790,6 @@ def step(
         SETTLERS=settlers,
         num_warps=warps,
         num_stages=stages,
+        maxnreg=REGISTERS // (32 * warps * resident) // 8 * 8,
     )
     return output.transpose(1, 2), new_scores
