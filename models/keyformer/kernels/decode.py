@@ -618,7 +618,7 @@ def _step(
 
 
 SETTLED = 2048
-"""Logits that a program adds up scores from, of all query heads that share a key."""
+"""Logits and noise that a program holds to add up scores, of all heads that share a key."""
 
 REGISTERS = 65536
 """What a processor has for the threads of all programs that it runs at a time."""
@@ -706,7 +706,10 @@ def step(
     scored = scorer is not None
     # Before slots are as many as the largest budget nobody leaves, and nobody is looked for.
     looked_at = count if scored or text.largest_budget <= count else 1
-    settle_block = min(SETTLED // group_rows, triton.next_power_of_2(looked_at))
+    settle_block = SETTLED // group_rows
+    if looked_at > settle_block:  # several programs, which draw no noise, have more room
+        settle_block = min(SETTLED, 2 * settle_block)
+    settle_block = min(settle_block, triton.next_power_of_2(looked_at))
     settlers = triton.next_power_of_2(triton.cdiv(looked_at, settle_block))
     part = split(batch * kv_heads, count, group + settlers, block, at_once)
     parts = triton.cdiv(count, part)
