@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_algorithm import cases, check_against_oracle
 from transformers import PreTrainedConfig
+from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
 
 import keyformer.kernels.decode
 import keyformer.replay
@@ -27,6 +28,7 @@ from keyformer.cache import KeyformerLayer
 from keyformer.config import CACHE_DTYPES, METHODS
 from keyformer.kernels.decode import split
 from keyformer.kernels.noise import LOG2_E, head_row, query_row, spread, zeta
+from keyformer.kernels.rotary import rotate_neighbours
 from keyformer.score import first_row, noise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -268,6 +270,27 @@ def test_layer_norm_while_a_step_is_captured(width: int, parameters: int) -> Non
     assert torch.equal(total, given[1] + given[2])
     assert torch.equal(unused, total + given[1])
     assert torch.equal(last, unused + rows)
+
+
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(16, 8), (24, 24), (64, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotations_of_neighbours(head_dim: int, rotary_dim: int, dtype: torch.dtype) -> None:
+    """Those of GPT-J: pairs as complex numbers; views, one place for all heads or one for each."""
+    heads, tokens = 3, 11
+    table = create_sinusoidal_positions(40, rotary_dim).to(DEVICE)
+    joined = torch.randn(2, tokens, 2, heads, head_dim, device=DEVICE, dtype=dtype)
+    for kind in (1, heads):
+        places = torch.randint(-1, 40, (2, kind, tokens), device=DEVICE)
+        vectors = joined[:, :, 1].transpose(1, 2)
+        got = rotate_neighbours(vectors, table, places)
+        sin, cos = table[places.clamp(min=0)].chunk(2, dim=-1)
+        turning = vectors[..., :rotary_dim].float().unflatten(-1, (-1, 2)).contiguous()
+        turned = torch.view_as_complex(turning) * torch.complex(cos, sin)
+        expected = torch.cat(
+            [torch.view_as_real(turned).flatten(-2), vectors[..., rotary_dim:].float()], dim=-1
+        )
+        assert got.dtype == dtype
+        assert torch.allclose(got.float(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2)
 
 
 @settings(max_examples=8, deadline=None)

@@ -10,6 +10,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2LMHeadMode
 
 from keyformer.cache import KeyformerCache
 from keyformer.modeling import (
+    FUSED_GELU,
     KeyformerGenerationMixin,
     KeyformerModelMixin,
     Patches,
@@ -74,7 +75,7 @@ class CerebrasKeyformerForCausalLM(KeyformerGenerationMixin, GPT2LMHeadModel):
         patch(self, PATCHES)
 
 
-PATCHES: Patches = {
+PATCHES: Patches = FUSED_GELU | {
     GPT2Attention: CerebrasKeyformerAttention,
     GPT2Model: CerebrasKeyformerModel,
     GPT2LMHeadModel: CerebrasKeyformerForCausalLM,

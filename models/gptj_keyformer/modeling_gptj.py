@@ -14,8 +14,10 @@ from transformers.models.gptj.modeling_gptj import (
     GPTJModel,
 )
 
+from keyformer import kernels
 from keyformer.cache import KeyformerCache
 from keyformer.modeling import (
+    FUSED_GELU,
     KeyformerGenerationMixin,
     KeyformerModelMixin,
     Patches,
@@ -84,6 +86,10 @@ class GPTJKeyformerAttention(GPTJAttention):
         """
         if self.embed_positions.device != x.device:  # no parameter, so it stayed behind
             self.embed_positions = self.embed_positions.to(x.device)
+        if kernels.run_on("auto", x):
+            from keyformer.kernels import rotary
+
+            return rotary.rotate_neighbours(x, self.embed_positions, places)
         sin, cos = self.embed_positions[places.clamp(min=0)].to(x.dtype).chunk(2, dim=-1)
         turning, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
         even, odd = turning[..., ::2], turning[..., 1::2]
@@ -115,7 +121,7 @@ class GPTJKeyformerForCausalLM(KeyformerGenerationMixin, GPTJForCausalLM):
         patch(self, PATCHES)
 
 
-PATCHES: Patches = {
+PATCHES: Patches = FUSED_GELU | {
     GPTJAttention: GPTJKeyformerAttention,
     GPTJFlashAttention2: GPTJKeyformerFlashAttention,
     GPTJModel: GPTJKeyformerModel,
