@@ -700,8 +700,10 @@ class KeyformerCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give beam i the slots of beam ``beam_idx[i]``, positions and scores with them."""
         alike: dict[Any, list[KeyformerLayer]] = {}
-        for layer in filter(lambda layer: layer.is_initialized, self.layers):
-            alike.setdefault((layer.device, layer.window, layer.keys.shape), []).append(layer)
+        for layer in self.layers:
+            if layer.is_initialized:
+                kind = layer.device, layer.window, layer.keys.shape
+                alike.setdefault(kind, []).append(layer)
         for (device, window, _), layers in alike.items():
             backend, scores = self.config.backend, layers[0].scores
             if kernels.reorder_on(backend, scores, beam_idx, window=window):

@@ -380,11 +380,10 @@ class Bench:
             return self.generate(config, batch, prompt, new, beams, chunk=chunk)[-1]
         if config is not None:
             config = replace(config, kv_budget=config.budget(prompt))  # as after the prompt
-        times = []
+        times, some = [], FIRST + stretch
         for length in (prompt + new, prompt + new // 2, prompt):
-            some = FIRST + stretch
-            first, all_of_them = self.generate(config, batch, length, some, beams, FIRST, chunk)
-            times.append((all_of_them - first) / stretch)
+            first, last = self.generate(config, batch, length, some, beams, FIRST, chunk)
+            times.append((last - first) / stretch)
         end, middle, begin = times
         return first + (new - FIRST) * (begin + 4 * middle + end) / 6
 
