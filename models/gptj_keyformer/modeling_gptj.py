@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class GPTJKeyformerAttention(GPTJAttention):
             project(hidden_states).view(heads).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        backend = "auto" if layer_past is None else layer_past.config.backend
         output, weights = attend(
             layer_past,
             self.layer_idx,
@@ -69,11 +71,11 @@ class GPTJKeyformerAttention(GPTJAttention):
             value,
             attention_mask,
             scale=1 / self.scale_attn,
-            rotary=self.rotate,
+            rotary=partial(self.rotate, backend=backend),
         )
         return self.out_proj(output), weights
 
-    def rotate(self, x: Tensor, places: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, places: Tensor, backend: str) -> Tensor:
         """RoPE on the first ``rotary_dim`` dimensions, pairs of neighbours.
 
         Parameters
@@ -83,10 +85,12 @@ class GPTJKeyformerAttention(GPTJAttention):
         places
             (batch, heads or 1, tokens) int64, below the size of the table; -1 for an empty
             slot, whatever becomes of it.
+        backend
+            That of KeyformerConfig.
         """
         if self.embed_positions.device != x.device:  # no parameter, so it stayed behind
             self.embed_positions = self.embed_positions.to(x.device)
-        if kernels.run_on("auto", x):
+        if kernels.run_on(backend, x):
             from keyformer.kernels import rotary
 
             return rotary.rotate_neighbours(x, self.embed_positions, places)

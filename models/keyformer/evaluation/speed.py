@@ -422,7 +422,7 @@ class Bench:
             min_new_tokens=new,
             num_beams=beams,
             do_sample=False,
-            stopping_criteria=[look],
+            stopping_criteria=[look] if first else None,
             prefill_chunk_size=chunk,
         )
         self._wait()

@@ -298,7 +298,7 @@ def _settle(
     new_value = tl.load(stored_value + dim, mask=dim < ROW, other=0)
     new_score = tl.full([], 0.0, tl.float32)
     if SCORED:
-        score += tl.load(scores + first_slot + slot, mask=filled, other=0.0)
+        score = tl.load(scores + first_slot + slot, mask=filled, other=0.0)
         there = in_group[:, None] & filled[None, :]
         real = in_group[:, None] & in_head[None, :]
         q = tl.load(query, mask=real, other=0.0).to(tl.float32)
