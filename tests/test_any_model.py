@@ -33,7 +33,7 @@ from keyformer import (
     load_model,
 )
 from keyformer.attention import CHUNK_ELEMENTS
-from keyformer.interface import MOVABLE
+from keyformer.served import MOVABLE
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -413,7 +413,7 @@ def test_what_is_no_language_model_is_refused() -> None:
 def test_dropout_is_refused_not_ignored() -> None:
     model = enable_keyformer(small_model("llama", attention_dropout=0.1)).train()
     with pytest.raises(InputError, match="dropout"):
-        model(torch.randint(2, 61, (1, 8)))
+        model(torch.randint(2, 61, (1, 8)), past_key_values=KeyformerCache(model.config))
 
 
 def test_gradients_flow_without_a_cache(padded) -> None:

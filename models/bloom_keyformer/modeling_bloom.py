@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BloomConfig
+from transformers import BloomConfig, Cache
 from transformers.models.bloom.modeling_bloom import (
     BloomAttention,
     BloomForCausalLM,
@@ -16,6 +16,8 @@ from transformers.models.bloom.modeling_bloom import (
 )
 
 from keyformer.cache import KeyformerCache
+from keyformer.call import CALL
+from keyformer.checkpoint import check_fields
 from keyformer.modeling import (
     KeyformerGenerationMixin,
     KeyformerModelMixin,
@@ -34,38 +36,33 @@ class BloomKeyformerAttention(BloomAttention):
         residual: Tensor,
         alibi: Tensor,
         attention_mask: Tensor,
-        layer_past: KeyformerCache | None = None,
+        layer_past: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend, score and evict.
+        """Attend, score and evict; what transformers does where the cache is another or none.
 
         Parameters
         ----------
         hidden_states, residual
             (batch, tokens, hidden_size).
         alibi
-            (heads,) float32, the ALiBi slope of each head.
-        attention_mask
-            (batch, 1, 1, tokens) bool, False for padding.
+            With a KeyformerCache (heads,) float32, the ALiBi slope of each head.
         layer_past
             The model's cache.
 
         Returns
         -------
         tuple
-            Output (batch, tokens, hidden_size) on top of ``residual``, and the weights
-            (batch, heads, tokens, slots + tokens) float32 if they were asked for.
+            Output (batch, tokens, hidden_size) on top of ``residual``, and the weights, see
+            :func:`keyformer.modeling.attend`.
         """
+        if not isinstance(layer_past, KeyformerCache):
+            return super().forward(
+                hidden_states, residual, alibi, attention_mask, layer_past, **kwargs
+            )
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         output, weights = attend(
-            layer_past,
-            self.layer_idx,
-            query,
-            key,
-            value,
-            attention_mask,
-            scale=self.inv_norm_factor,
-            alibi_slopes=alibi,
+            self.layer_idx, query, key, value, scale=self.inv_norm_factor, alibi_slopes=alibi
         )
         output = dropout_add(self.dense(output), residual, self.hidden_dropout, self.training)
         return output, weights
@@ -74,10 +71,14 @@ class BloomKeyformerAttention(BloomAttention):
 class BloomKeyformerModel(KeyformerModelMixin, BloomModel):
     """The layers of Bloom over a KeyformerCache."""
 
+    alibi = "tokens"
+
     def build_alibi_tensor(
         self, attention_mask: Tensor, num_heads: int, dtype: torch.dtype
     ) -> Tensor:
-        """The slopes alone, (heads,) float32: the bias of the token at position 1."""
+        """With a KeyformerCache the slopes alone, (heads,) float32: the bias at position 1."""
+        if CALL.get() is None:
+            return build_alibi_tensor(attention_mask, num_heads, dtype)
         places = torch.ones(1, 2, device=attention_mask.device)
         return build_alibi_tensor(places, num_heads, torch.float32)[:, 0, 1]
 
@@ -100,5 +101,15 @@ PATCHES: Patches = {
 MODEL = BloomKeyformerForCausalLM
 """What ``load_model`` loads a checkpoint into."""
 
-make_config = BloomConfig.from_dict
-"""transformers' configuration from the fields of an original config.json."""
+
+def make_config(settings: dict[str, Any]) -> BloomConfig:
+    """transformers' configuration from the fields of an original config.json.
+
+    Raises
+    ------
+    InputError
+        If it asks for transformers' sums over ``pretraining_tp`` parts, which lack the biases.
+    """
+    if settings.get("pretraining_tp", 1) != 1:
+        check_fields(settings, {"slow_but_exact": (False,)})
+    return BloomConfig.from_dict(settings)

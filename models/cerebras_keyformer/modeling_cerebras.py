@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers import GPT2Config
+from transformers import Cache, GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2LMHeadModel, GPT2Model
 
 from keyformer.cache import KeyformerCache
@@ -25,39 +25,31 @@ class CerebrasKeyformerAttention(GPT2Attention):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: KeyformerCache | None = None,
-        *,
-        attention_mask: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend, score and evict.
+        """Attend, score and evict; what transformers does where the cache is another or none.
 
         Parameters
         ----------
         hidden_states
             (batch, tokens, hidden_size).
-        attention_mask
-            (batch, 1, 1, tokens) bool, False for padding.
 
         Returns
         -------
         tuple
-            Output (batch, tokens, hidden_size), and the weights (batch, heads, tokens,
-            slots + tokens) float32 if they were asked for.
+            Output (batch, tokens, hidden_size), and the weights, see
+            :func:`keyformer.modeling.attend`.
         """
+        if not isinstance(past_key_values, KeyformerCache):
+            return super().forward(hidden_states, past_key_values, attention_mask, *args, **kwargs)
         batch, tokens, _ = hidden_states.shape
         joined = self.c_attn(hidden_states).view(batch, tokens, 3, self.num_heads, self.head_dim)
         query, key, value = joined.permute(2, 0, 3, 1, 4)
-        output, weights = attend(
-            past_key_values,
-            self.layer_idx,
-            query,
-            key,
-            value,
-            attention_mask,
-            scale=self.scaling,
-        )
-        return self.c_proj(output), weights
+        output, weights = attend(self.layer_idx, query, key, value, scale=self.scaling)
+        return self.resid_dropout(self.c_proj(output)), weights
 
 
 class CerebrasKeyformerModel(KeyformerModelMixin, GPT2Model):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import FalconConfig
+from transformers import Cache, FalconConfig
 from transformers.models.falcon.modeling_falcon import (
     FalconAttention,
     FalconFlashAttention2,
@@ -19,11 +19,14 @@ from transformers.models.falcon.modeling_falcon import (
 )
 
 from keyformer.cache import KeyformerCache
-from keyformer.interface import InterfaceModelMixin, attention_forward
+from keyformer.call import CALL
+from keyformer.checkpoint import check_fields
+from keyformer.interface import InterfaceModelMixin, unrotated
 from keyformer.modeling import (
     KeyformerGenerationMixin,
     KeyformerModelMixin,
     Patches,
+    attend,
     patch,
 )
 
@@ -40,19 +43,19 @@ class FalconKeyformerAttention(FalconAttention):
         hidden_states: Tensor,
         alibi: Tensor | None,
         attention_mask: Tensor,
-        layer_past: KeyformerCache | None = None,
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_ids: Tensor | None = None,
+        layer_past: Cache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend, score and evict.
+        """Attend, score and evict; what transformers does where the cache is another or none.
 
         Parameters
         ----------
         hidden_states
             (batch, tokens, hidden_size).
-        attention_mask
-            (batch, 1, 1, tokens) bool, False for padding.
         layer_past
             The model's cache.
         position_embeddings
@@ -61,27 +64,41 @@ class FalconKeyformerAttention(FalconAttention):
         Returns
         -------
         tuple
-            Output (batch, tokens, hidden_size), and the weights (batch, heads, tokens,
-            slots + tokens) float32 if they were asked for.
+            Output (batch, tokens, hidden_size), and the weights, see
+            :func:`keyformer.modeling.attend`.
         """
+        if not isinstance(layer_past, KeyformerCache):
+            return super().forward(
+                hidden_states,
+                alibi,
+                attention_mask,
+                position_ids,
+                layer_past,
+                use_cache,
+                output_attentions,
+                position_embeddings,
+                **kwargs,
+            )
         query, key, value = self.split(self.query_key_value(hidden_states))
-        slopes = None
+        slopes, rotary = None, None
         if self.config.alibi:
             token = torch.ones(1, 2, device=query.device)  # the bias at position 1 is the slope
             slopes = build_alibi_tensor(token, self.num_heads, torch.float32)[:, 0, 1]
             slopes = slopes * self.inv_norm_factor
         else:
+            assert position_embeddings is not None
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        output, weights = attention_forward(
-            self,
+            query, key, rotary = unrotated(self, query, key)
+        output, weights = attend(
+            self.layer_idx,
             query,
             key,
             value,
-            attention_mask,
-            scaling=self.inv_norm_factor,
+            scale=self.inv_norm_factor,
             alibi_slopes=slopes,
+            rotary=rotary,
         )
-        return self.dense(output.flatten(2)), weights
+        return self.dense(output), weights
 
     def split(self, joined: Tensor) -> Iterator[Tensor]:
         """Query, key and value (batch, heads or kv_heads, tokens, head_dim) of all layouts.
@@ -99,13 +116,27 @@ class FalconKeyformerFlashAttention(FalconKeyformerAttention, FalconFlashAttenti
     """The same where the model was loaded with flash attention."""
 
 
-class FalconKeyformerModel(KeyformerModelMixin, InterfaceModelMixin, FalconModel):
+class FalconKeyformerModel(InterfaceModelMixin, KeyformerModelMixin, FalconModel):
     """The layers of Falcon over a KeyformerCache."""
 
     @property
+    def alibi(self) -> str | None:  # type: ignore[override]
+        """What ALiBi counts, in the models that have it."""
+        return "tokens" if self.config.alibi else None
+
+    @property
     def use_alibi(self) -> bool:
-        """Whether the model adds ALiBi to the mask; its attention layers do it themselves."""
-        return False
+        """Whether the model adds ALiBi to the mask; with a KeyformerCache its layers do it."""
+        return self.config.alibi and CALL.get() is None
+
+    @use_alibi.setter
+    def use_alibi(self, value: bool) -> None:
+        """transformers sets what the configuration says."""
+
+    @property
+    def attention_dropout_rate(self) -> float:
+        """Weights are dropped with ALiBi alone."""
+        return super().attention_dropout_rate if self.config.alibi else 0.0
 
 
 class FalconKeyformerForCausalLM(KeyformerGenerationMixin, FalconForCausalLM):
@@ -128,5 +159,23 @@ PATCHES: Patches = {
 MODEL = FalconKeyformerForCausalLM
 """What ``load_model`` loads a checkpoint into."""
 
-make_config = FalconConfig.from_dict
-"""transformers' configuration from the fields of an original config.json."""
+SERVED = {"apply_residual_connection_post_layernorm": (False,)}
+NEW_DECODER = {"parallel_attn": (True,), "num_ln_in_parallel_attn": (None, 1, 2)}
+OLD_PARALLEL = {"num_ln_in_parallel_attn": (None, 1)}
+"""The values that transformers computes with; under others it ignores a field or lacks a norm."""
+
+
+def make_config(settings: dict[str, Any]) -> FalconConfig:
+    """transformers' configuration from the fields of an original config.json.
+
+    Raises
+    ------
+    InputError
+        If the model is one that transformers would compute otherwise than it was trained.
+    """
+    check_fields(settings, SERVED)
+    if settings.get("new_decoder_architecture"):
+        check_fields(settings, NEW_DECODER)
+    elif settings.get("parallel_attn", True):
+        check_fields(settings, OLD_PARALLEL)
+    return FalconConfig.from_dict(settings)

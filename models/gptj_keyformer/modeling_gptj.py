@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPTJConfig
+from transformers import Cache, GPTJConfig
 from transformers.models.gptj.modeling_gptj import (
     GPTJAttention,
     GPTJFlashAttention2,
@@ -16,7 +16,9 @@ from transformers.models.gptj.modeling_gptj import (
 )
 
 from keyformer import kernels
+from keyformer.attention import Rotary
 from keyformer.cache import KeyformerCache
+from keyformer.checkpoint import check_fields
 from keyformer.modeling import (
     FUSED_GELU,
     KeyformerGenerationMixin,
@@ -35,12 +37,12 @@ class GPTJKeyformerAttention(GPTJAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        layer_past: KeyformerCache | None = None,
-        *,
-        attention_mask: Tensor,
+        layer_past: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend, score and evict.
+        """Attend, score and evict; what transformers does where the cache is another or none.
 
         Parameters
         ----------
@@ -48,32 +50,34 @@ class GPTJKeyformerAttention(GPTJAttention):
             (batch, tokens, hidden_size).
         layer_past
             The model's cache.
-        attention_mask
-            (batch, 1, 1, tokens) bool, False for padding.
+        position_ids
+            (batch or 1, tokens) int64, below the size of the table.
 
         Returns
         -------
         tuple
-            Output (batch, tokens, hidden_size), and the weights (batch, heads, tokens,
-            slots + tokens) float32 if they were asked for.
+            Output (batch, tokens, hidden_size), and the weights, see
+            :func:`keyformer.modeling.attend`.
         """
+        if not isinstance(layer_past, KeyformerCache):
+            return super().forward(
+                hidden_states, layer_past, attention_mask, position_ids, **kwargs
+            )
         heads = (*hidden_states.shape[:2], self.num_attention_heads, self.head_dim)
         query, key, value = (
             project(hidden_states).view(heads).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        backend = "auto" if layer_past is None else layer_past.config.backend
+        rotary: Rotary | None = partial(self.rotate, backend=layer_past.config.backend)
+        if layer_past.config.positions == "original":
+            assert rotary is not None and position_ids is not None
+            places = position_ids[:, None].expand(len(query), 1, -1)
+            turned = rotary(torch.cat([query, key], dim=1), places)
+            (query, key), rotary = turned.chunk(2, dim=1), None
         output, weights = attend(
-            layer_past,
-            self.layer_idx,
-            query,
-            key,
-            value,
-            attention_mask,
-            scale=1 / self.scale_attn,
-            rotary=partial(self.rotate, backend=backend),
+            self.layer_idx, query, key, value, scale=1 / self.scale_attn, rotary=rotary
         )
-        return self.out_proj(output), weights
+        return self.resid_dropout(self.out_proj(output)), weights
 
     def rotate(self, x: Tensor, places: Tensor, backend: str) -> Tensor:
         """RoPE on the first ``rotary_dim`` dimensions, pairs of neighbours.
@@ -136,5 +140,17 @@ PATCHES: Patches = FUSED_GELU | {
 MODEL = GPTJKeyformerForCausalLM
 """What ``load_model`` loads a checkpoint into."""
 
-make_config = GPTJConfig.from_dict
-"""transformers' configuration from the fields of an original config.json."""
+SERVED = {"rotary": (True,), "scale_attn_weights": (True,)}
+"""Fields of the original's config.json that transformers takes for granted."""
+
+
+def make_config(settings: dict[str, Any]) -> GPTJConfig:
+    """transformers' configuration from the fields of an original config.json.
+
+    Raises
+    ------
+    InputError
+        If the model is one that transformers would compute otherwise than it was trained.
+    """
+    check_fields(settings, SERVED)
+    return GPTJConfig.from_dict(settings)

@@ -134,7 +134,7 @@ def attention(
     chunk = max(1, chunk_elements // (batch * heads * (held + reach)))
     for start in range(0, queries, chunk):
         end = min(start + chunk, queries)
-        # Among new tokens padding is before or after the real ones, never between them.
+        # From column to column places go up by one at least, so none before these is in reach.
         first = 0 if window is None else max(0, start + 1 - window)
         seen = new[first:end]
         asker = query[:, :, :, start:end].flatten(2, 3)
@@ -161,7 +161,8 @@ def attention(
         if scorer is not None:
             asked_at = new.positions[:, 0, start:end]
             known = torch.cat([slots.positions, seen.positions], dim=-1)
-            given = scorer(logits, asked_at, known, last)
+            with torch.no_grad():
+                given = scorer(logits, asked_at, known, last)
             scores[..., :held] += given[..., :held]
             scores[..., held + first : held + end] += given[..., held:]
         if output_weights:

@@ -17,10 +17,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from keyformer import kernels
 from keyformer.attention import Attended, Rotary, Tokens
-from keyformer.config import KeyformerConfig
+from keyformer.call import CALL
+from keyformer.config import InputError, KeyformerConfig
 from keyformer.precision import dequantize, quantize
 from keyformer.score import Scorer, temperature
-from keyformer.text import Text
+from keyformer.text import Columns, Text
 
 GROWTH = 64
 """Slots added at a time while the text is shorter than the budget."""
@@ -28,8 +29,12 @@ GROWTH = 64
 STAYS = torch.iinfo(torch.int64).max
 """The rank of a token that may not leave."""
 
-OUT_OF_WINDOW, EMPTY = -1, -2
-"""The ranks of a token that no query can see any more, and of none at all."""
+HIDDEN, OUT_OF_WINDOW, NOTHING = -(2**32), -(2**33), -(2**34)
+"""The ranks of a token that the attention mask hides, of one that no query can see any more, and
+of none at all, each before its position."""
+
+EMPTY = -1
+"""The position of no token. What the mask hides is less: -2 - its position."""
 
 Observer = Callable[[int, Tensor, Attended], None]
 """Called with layer index, query positions (batch, tokens) and what they attended to."""
@@ -59,7 +64,8 @@ class KeyformerLayer(CacheLayerMixin):
         (batch, kv_heads, slots, groups) float16, their scales; no groups if not quantized.
     positions
         (batch, kv_heads, slots) int64, position in the text, -1 for an empty slot; the slots
-        of a head fill in their order.
+        of a head fill in their order. A token at p that the attention mask hides has -2 - p: it
+        is not seen and the first to leave, and may be shown again until then.
     scores
         (batch, kv_heads, slots) float32, accumulated f_theta (section 3.3.2).
     finished
@@ -105,11 +111,33 @@ class KeyformerLayer(CacheLayerMixin):
             self.lazy_initialization(key, value)
         text = self.text.on(self.device)
         self.length = text.length
-        by_head = (slice(None), None, slice(None))
-        shape = key.shape[:3]
-        return Tokens(
-            key, value, text.positions[by_head].expand(shape), text.places[by_head].expand(shape)
+        if text.columns.changed:
+            self._hide()
+        positions, places = (
+            numbers[:, None].expand(key.shape[:3])
+            for numbers in (text.positions, self._places(text.positions, text.places))
         )
+        return Tokens(key, value, positions, places)
+
+    def _places(self, positions: Tensor, otherwise: Tensor) -> Tensor:
+        """Where tokens at positions (batch, ...) stand for ALiBi and the model's window.
+
+        That they are elsewhere than ``otherwise`` takes padding between tokens, or hidden ones.
+        """
+        columns = self.text.columns
+        if self.config.positions == "original":
+            if columns.places is not None:
+                return columns.place_of(positions)
+            if self.window is not None and self.config.never_evicts and not columns.even:
+                return columns.of(positions)
+        return otherwise
+
+    def _hide(self) -> None:
+        """Let the attention mask that was taken last hide tokens, or show them again."""
+        known = _known(self.positions)
+        unseen = torch.where(known < 0, known, -2 - known)
+        shown = self.text.columns.shows(known)
+        self.positions.copy_(torch.where(shown & (known >= 0), known, unseen))
 
     def attend(
         self,
@@ -150,6 +178,7 @@ class KeyformerLayer(CacheLayerMixin):
             scorer=scorer,
             span=self.text.on(self.device).span,
             output_weights=output_weights,
+            mask=self._odd_mask(prompt=True),
         )
         held = self.scores.shape[-1]
         if attended.scores is None:
@@ -214,8 +243,19 @@ class KeyformerLayer(CacheLayerMixin):
     def steps_on_kernels(self, query: Tensor, softcap: float | None) -> bool:
         """Whether :meth:`step` can stand for :meth:`attend` and :meth:`admit`."""
         return self.text.step > 0 and kernels.run_on(
-            self.config.backend, query, softcap=softcap, window=self.window
+            self.config.backend,
+            query,
+            softcap=softcap,
+            window=self.window,
+            mask=self._odd_mask(prompt=False),
         )
+
+    def _odd_mask(self, prompt: bool) -> str | None:
+        """What the attention mask does that the kernels do not know; None if they know it."""
+        columns = self.text.columns
+        if columns.hides:
+            return "one that hides earlier tokens"
+        return "one with holes" if prompt and not columns.new_even else None
 
     def _read(
         self, query: Tensor, new: Tokens, rotary: Rotary | None, as_stored: bool = False
@@ -225,7 +265,7 @@ class KeyformerLayer(CacheLayerMixin):
         Where it reads the slots ``as_stored`` they are quantized, unless they are rotated first.
         """
         moving = self.config.positions == "new"
-        places = _order(self.positions) if moving else self.positions
+        places = _order(self.positions) if moving else self._places(self.positions, self.positions)
         as_stored &= rotary is None or not moving
         keys, values = (self.keys, self.values) if as_stored else self.read()
         slots = Tokens(keys, values, self.positions, places)
@@ -267,6 +307,15 @@ class KeyformerLayer(CacheLayerMixin):
         # Where no token stays, the first slot is written over by itself.
         any_stay = (~leaves[..., slots:]).any(dim=-1, keepdim=True)
 
+        if self.keys.requires_grad or new.keys.requires_grad:
+            # Gradients need what was there: slots are made anew, not written over.
+            source = torch.arange(slots, device=self.device).expand(*freed.shape[:2], -1)
+            source = source.scatter(-1, freed, torch.where(any_stay, slots + staying, freed))
+            every = torch.arange(tokens, device=self.device).expand(*freed.shape[:2], -1)
+            for name, one in self._stored(new, new_scores, every).items():
+                joined = torch.cat([getattr(self, name), one], dim=2)
+                setattr(self, name, joined.gather(2, _across(source, joined)))
+            return
         for name, one in self._stored(new, new_scores, staying).items():
             held = getattr(self, name)
             to = _across(freed, held)
@@ -331,8 +380,8 @@ class KeyformerLayer(CacheLayerMixin):
     def _ranks(self, positions: Tensor, scores: Tensor) -> Tensor:
         """The order in which tokens leave, lowest first: the eviction rule.
 
-        Padding and empty slots leave first, then what the model's own window has left behind,
-        then tokens by score, the younger of two equals first. Sinks and the recent window stay,
+        Padding and empty slots leave first, then what the model's own window has left behind, then
+        what the attention mask hides, the oldest first; then tokens by score, the younger of two equals first. Sinks and the recent window stay,
         and key tokens if they are frozen.
 
         Parameters
@@ -347,6 +396,7 @@ class KeyformerLayer(CacheLayerMixin):
         """
         config, text = self.config, self.text.on(self.device)
         seen, budget = text.seen[:, None, None], text.budget[:, None, None]
+        hidden, positions = positions < EMPTY, _known(positions)
         if config.normalize == "mean":
             scores = scores / (seen - positions)
         # Scores are never negative, so their bits sort as integers do.
@@ -360,9 +410,11 @@ class KeyformerLayer(CacheLayerMixin):
         if config.key_set == "frozen" and not text.in_first_prompt:
             kept |= positions < text.frozen_before[:, None, None]
         rank = rank.masked_fill(kept, STAYS)
+        rank = torch.where(hidden, HIDDEN + positions, rank)
         if self.window is not None:
-            rank = rank.masked_fill(positions <= seen - self.window, OUT_OF_WINDOW)
-        return rank.masked_fill(positions < 0, EMPTY)
+            beyond = positions <= seen - self.window
+            rank = torch.where(beyond, OUT_OF_WINDOW + positions, rank)
+        return rank.masked_fill(positions < 0, NOTHING)
 
     def _leaves(self, positions: Tensor, scores: Tensor, slots: int) -> Tensor:
         """Who leaves when the new tokens compete with the slots, by their ranks.
@@ -385,8 +437,8 @@ class KeyformerLayer(CacheLayerMixin):
         budget = self.text.on(self.device).budget[:, None, None]
         rank = self._ranks(positions, scores)
         place = torch.arange(positions.shape[-1], device=positions.device)
-        empty = EMPTY + place - positions.shape[-1] * (1 + (place >= slots).long())
-        rank = torch.where(positions < 0, empty, rank)
+        empty = NOTHING + place - positions.shape[-1] * (1 + (place >= slots).long())
+        rank = torch.where(positions == EMPTY, empty, rank)
         rank = rank.masked_fill((place >= budget) & (place < slots), STAYS)
         leaving = rank.topk(positions.shape[-1] - slots, largest=False, sorted=False).indices
         return torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, leaving, True)
@@ -437,9 +489,14 @@ class KeyformerLayer(CacheLayerMixin):
         batch = self.keys.shape[0] if self.is_initialized else 0
         self._select(torch.arange(batch).repeat_interleave(repeats))
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: evicted tokens cannot be brought back (assisted generation needs this)."""
-        raise ValueError("a KeyformerCache cannot be cropped: evicted tokens are gone")
+    def empty(self, seen: Tensor) -> None:
+        """Empty the slots of all tokens from positions ``seen`` (batch,) on."""
+        if self.is_initialized:
+            known = _known(self.positions)
+            later = known >= seen.to(self.device)[:, None, None]
+            self.positions.masked_fill_(later, EMPTY)
+            self.scores.masked_fill_(later, 0)
+            self.length = self.text.length
 
 
 def model_windows(model_config: PreTrainedConfig) -> list[int | None]:
@@ -481,6 +538,11 @@ def _with_slots(held: Tensor, slots: int, name: str) -> Tensor:
     return torch.nn.functional.pad(held, (*rest, 0, slots - held.shape[2]), value=empty)
 
 
+def _known(positions: Tensor) -> Tensor:
+    """The same, whether the attention mask hides them or not."""
+    return torch.where(positions < EMPTY, -2 - positions, positions)
+
+
 def _order(positions: Tensor) -> Tensor:
     """The rank of each position among those of its head, -1 for an empty slot."""
     order = positions.argsort(dim=-1)
@@ -510,20 +572,16 @@ class KeyformerCache(Cache):
     ----------
     layers
         One :class:`KeyformerLayer` for each layer of the model.
+    columns
+        Where in what was fed the tokens are.
     text
-        What those of them count alike that evict by ``config``.
+        What those of the layers count alike that evict by ``config``.
     seed
         Seed of this cache's noise.
     max_new_tokens, max_length
         What ``generate`` was asked for; T of Eq. 10 unless the config has its own.
-    outputs_wanted
-        Of how many tokens, counted from a prompt's end, the model's outputs are of use; None is
-        all. Where a prompt comes in chunks the model keeps no others.
     observer
         If set, called after each layer's attention with its weights.
-    hands_over
-        Whether :meth:`update` hands keys and values on to an attention that calls
-        :meth:`attend` with them.
     replays, graph
         Whether decode steps can be replayed, and the one captured: see keyformer.replay.
     """
@@ -537,8 +595,13 @@ class KeyformerCache(Cache):
         )
         windows = model_windows(model_config)
         is_hybrid = None in windows
-        self.text = Text(config, None if is_hybrid else windows[0])
-        texts = {window: Text(keep_all, window) for window in windows if window and is_hybrid}
+        self.columns = Columns()
+        self.text = Text(config, self.columns, None if is_hybrid else windows[0])
+        texts = {
+            window: Text(keep_all, self.columns, window)
+            for window in windows
+            if window and is_hybrid
+        }
         super().__init__(
             layers=[
                 KeyformerLayer(keep_all, texts[window], window)
@@ -554,10 +617,7 @@ class KeyformerCache(Cache):
             self.seed = int(torch.randint(2**62, ()))
         self.max_new_tokens: int | None = None
         self.max_length: int | None = None
-        self.output_attentions = False
-        self.outputs_wanted: int | None = None
         self.observer: Observer | None = None
-        self.hands_over = False
         self.replays = False
         self.graph: Any = None
 
@@ -573,12 +633,14 @@ class KeyformerCache(Cache):
         alibi_slopes: Tensor | None = None,
         softcap: float | None = None,
         rotary: Rotary | None = None,
+        output_weights: bool = False,
     ) -> Attended:
         """Attention of one layer's new tokens, with scoring and eviction.
 
         The counterpart of ``Cache.update`` for a model that evicts; arguments and result are
         those of :meth:`Text.take`, :meth:`KeyformerLayer.place` and
-        :meth:`KeyformerLayer.attend`.
+        :meth:`KeyformerLayer.attend`. ``real`` is also counted into :attr:`columns`, unless
+        that was done.
         """
         layer = self.layers[layer_idx]
         if layer.length == self.text.length:  # no layer has been given these tokens before
@@ -586,7 +648,7 @@ class KeyformerCache(Cache):
         new = layer.place(key, value)
         scorer = self._scorer(layer, layer_idx)
         options: dict[str, Any] = {"scale": scale, "alibi_slopes": alibi_slopes, "rotary": rotary}
-        output_weights = self.output_attentions or self.observer is not None
+        output_weights |= self.observer is not None
         fused = not output_weights and layer.steps_on_kernels(query, softcap)
         if fused:
             output = layer.step(query, new, scorer, self.tau.to(layer.device), **options)
@@ -617,8 +679,10 @@ class KeyformerCache(Cache):
         TypeError
             From a model whose attention would not call :meth:`attend`.
         """
-        if not self.hands_over:
+        call = CALL.get()
+        if call is None or call.cache is not self:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        call.handed[layer_idx] = key_states, value_states
         return key_states, value_states
 
     def expect(self, real: Tensor) -> None:
@@ -633,6 +697,8 @@ class KeyformerCache(Cache):
     def _begin(self, query: Tensor, real: Tensor) -> None:
         """Count new tokens in; reserve slots for what follows a prompt if kernels attend."""
         tokens = real.shape[1]
+        if self.columns.length == self.text.length:
+            self.columns.take(real, real)
         if not self.text.length:
             self.tau = torch.empty((), device=query.device)
         if not self.text.length or tokens > 1:
@@ -642,13 +708,15 @@ class KeyformerCache(Cache):
             for text in self.texts:
                 text.reserved = reserved
             self.replays = reserved > self.text.length + tokens
+        # A graph reads no table of places, and takes each new token for one after the last.
+        self.replays &= self.columns.places is None and not self.columns.hides
         for text in self.texts:
             text.take(real)
         if not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.set_temperature()
 
     def count_step(self) -> None:
-        """Count a token that a replayed step is going to take in."""
+        """Count a token that a replayed step is going to take in; its column is counted."""
         for text in self.texts:
             text.advance(1)
         for layer in self.layers:
@@ -686,6 +754,65 @@ class KeyformerCache(Cache):
         factor = 1.0 if self.text.in_first_prompt else self.config.damping
         return Scorer(self.config, self.seed, layer_idx, self._temperature(), factor)
 
+    def by_column(self, layer_idx: int, attended: Attended) -> Tensor:
+        """The weights of a layer as transformers gives them: a column for each one fed so far.
+
+        Parameters
+        ----------
+        attended
+            What :meth:`attend` has just given, with weights.
+
+        Returns
+        -------
+        Tensor
+            (batch, heads, tokens, length), the dtype of the output: 0 where a token was evicted;
+            of a layer with a window the last columns alone, as far as it reaches.
+        """
+        assert attended.weights is not None
+        heads, tokens = attended.weights.shape[1:3]
+        columns = self.columns.of(attended.positions)
+        columns = columns.repeat_interleave(heads // columns.shape[1], dim=1)
+        columns = columns[:, :, None].expand_as(attended.weights)
+        weights = attended.weights.masked_fill(columns < 0, 0)
+        every = weights.new_zeros(*weights.shape[:3], self.columns.length)
+        every.scatter_add_(3, columns.clamp(min=0), weights)
+        window = self.layers[layer_idx].window
+        reach = self.columns.length if window is None else window - 1 + tokens
+        return every[..., -reach:].to(attended.output.dtype)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, as assisted generation does, if none has been evicted.
+
+        The scores that they gave to others stay.
+
+        Parameters
+        ----------
+        tokens_to_remove
+            Minus their number, as in transformers.
+
+        Raises
+        ------
+        InputError
+            If tokens that would have to come back are gone.
+        """
+        if tokens_to_remove > 0:
+            raise InputError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
+        length = self.columns.length + tokens_to_remove
+        if not tokens_to_remove:
+            return
+        if length < 0 or any(text.evicted for text in self.texts):
+            why = f"it holds {self.columns.length}" if length < 0 else "it has evicted some"
+            raise InputError(f"the cache cannot be cropped by {-tokens_to_remove} tokens: {why}")
+        for text in self.texts:
+            text.crop(length)
+        self.columns.crop(length)
+        for layer in self.layers:
+            layer.empty(layer.text.seen)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied or saved: all but the captured step, which is of this very cache."""
+        return {**vars(self), "graph": None}
+
     def memory_bytes(self) -> int:
         """Bytes that the slots of all layers occupy."""
         return sum(layer.memory_bytes() for layer in self.layers)
@@ -693,6 +820,7 @@ class KeyformerCache(Cache):
     def reset(self) -> None:
         """Forget everything, budgets included."""
         super().reset()
+        self.columns.reset()
         for text in self.texts:
             text.reset()
         self.replays, self.graph = False, None
@@ -706,7 +834,8 @@ class KeyformerCache(Cache):
                 alike.setdefault(kind, []).append(layer)
         for (device, window, _), layers in alike.items():
             backend, scores = self.config.backend, layers[0].scores
-            if kernels.reorder_on(backend, scores, beam_idx, window=window):
+            hidden = True if self.columns.hides else None  # whose vectors a kernel would not copy
+            if kernels.reorder_on(backend, scores, beam_idx, window=window, mask=hidden):
                 from keyformer.kernels import reorder
 
                 parents = beam_idx.to(device).contiguous()
@@ -714,18 +843,19 @@ class KeyformerCache(Cache):
             else:
                 for layer in layers:
                     layer.reorder_cache(beam_idx)
-        for text in self.texts:
-            text.select(beam_idx)
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences ``indices``."""
         super().batch_select_indices(indices)
-        for text in self.texts:
-            text.select(indices)
+        self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence ``repeats`` times in place."""
         super().batch_repeat_interleave(repeats)
-        index = torch.arange(len(self.text.seen)).repeat_interleave(repeats)
+        self._select(torch.arange(len(self.text.seen)).repeat_interleave(repeats))
+
+    def _select(self, index: Tensor) -> None:
+        self.columns.select(index, len(self.text.seen))
         for text in self.texts:
             text.select(index)

@@ -192,6 +192,11 @@ class KeyformerConfig:
         return cls(**{**settings, **METHODS[method]})
 
     @property
+    def never_evicts(self) -> bool:
+        """Whether this is method full: the model is transformers' own, to the letter."""
+        return self.kv_budget == UNLIMITED
+
+    @property
     def needs_scores(self) -> bool:
         """Whether any slot is won by score; recent = 100 leaves none to win."""
         return self.recent < 100

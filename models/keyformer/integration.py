@@ -12,15 +12,30 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from keyformer.cache import KeyformerCache
+from keyformer.checkpoint import (
+    CONFIG,
+    GENERATION,
+    HUB,
+    TOKENIZER,
+    WEIGHTS,
+    check_generation,
+    check_shards,
+    check_sizes,
+    check_tokenizer,
+    check_weights,
+    read_settings,
+    reading,
+)
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.interface import NAME, check_supported, make_patches, switch_attention
+from keyformer.interface import make_patches, switch_attention, switch_back
 from keyformer.modeling import KeyformerGenerationMixin, patch, unpatch
 from keyformer.quantize import quantization_config, quantize_transposed
+from keyformer.served import TESTED, check_config, check_model, try_out
 
 PACKAGES = {
     "mpt": "mpt_keyformer",
@@ -80,8 +95,9 @@ def load_model(
     Raises
     ------
     InputError
-        If the path has no usable checkpoint, its model_type is not supported, dtype, device or
-        quantize is unknown, or the package that quantizes is not installed.
+        If the path has no usable checkpoint (a file is missing or broken, a setting is not
+        supported, weights are missing, too many or not finite: the message says which), dtype,
+        device or quantize is unknown, or the package that quantizes is not installed.
     """
     if isinstance(dtype, str) and dtype != "auto":
         if dtype not in DTYPES:
@@ -89,29 +105,21 @@ def load_model(
         dtype = DTYPES[dtype]
     if device_map is None:
         device_map = {"": check_device(device)}
-    try:
-        settings, _ = PreTrainedConfig.get_config_dict(path)
-        if not settings:
-            raise InputError("there is no config.json")
-        if package := _package(settings.get("model_type")):
-            model_class, model_config = package.MODEL, package.make_config(settings)
+    with reading(path, CONFIG):
+        settings = read_settings(path)
+    package = _package(settings.get("model_type"))
+    model_class = package.MODEL if package else AutoModelForCausalLM
+    with reading(path, CONFIG):
+        if package:
+            model_config = package.make_config(settings)
         else:
-            model_class = AutoModelForCausalLM
             model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            check_supported(model_config)
-        if quantize is not None:
-            compute_in: Any = dtype if dtype != "auto" else model_config.dtype or torch.float32
-            kwargs["quantization_config"] = quantization_config(quantize, compute_in)
-        model = model_class.from_pretrained(
-            path,
-            config=model_config,
-            dtype=dtype,
-            device_map=device_map,
-            trust_remote_code=False,
-            **kwargs,
-        )
-        if quantize is not None:
-            quantize_transposed(model, quantize)
+        check_sizes(model_config)
+        check_config(model_config)
+    if quantize is not None:
+        compute_in: Any = dtype if dtype != "auto" else model_config.dtype or torch.float32
+        kwargs["quantization_config"] = quantization_config(quantize, compute_in)
+    with reading(path, "the tokenizer", TOKENIZER):
         tokenizer = AutoTokenizer.from_pretrained(
             path,
             config=model_config,
@@ -119,9 +127,24 @@ def load_model(
             padding_side="left",
             trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot load a model from {path}: {reason}") from error
+        check_tokenizer(tokenizer, model_config.vocab_size, Path(path))
+    where = {name: kwargs[name] for name in HUB if name in kwargs}
+    with reading(path, GENERATION):
+        check_generation(path, **where)
+    with reading(path, "the weights", WEIGHTS, caller=kwargs):
+        check_shards(Path(path, kwargs.get("subfolder") or ""))
+        options = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = model_class.from_pretrained(
+            path,
+            config=model_config,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=False,
+            **options,
+        )
+        check_weights(model, report)
+    if quantize is not None:
+        quantize_transposed(model, quantize)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return enable_keyformer(model, config).eval(), tokenizer
@@ -147,21 +170,31 @@ def enable_keyformer(model: Model, config: KeyformerConfig | None = None) -> Mod
         If the model cannot be served; the message says why.
     """
     inner = _unwrapped(model)
-    stock = (inner.config.use_cache, inner.config._attn_implementation)
     if not _evicts(inner):
-        if package := _package(inner.config.model_type):
-            patches = package.PATCHES
-            if not issubclass(patches.get(type(inner), nn.Module), KeyformerGenerationMixin):
-                raise InputError(f"a {type(inner).__name__} does not generate text")
-        else:
-            patches = make_patches(inner)
-            switch_attention(inner)
-        patch(inner, patches)
-    decoder = inner.get_decoder()
-    decoder.keyformer_stock = decoder.keyformer_stock or stock
-    decoder.keyformer_config = config or KeyformerConfig()
-    inner.config.use_cache = True  # of forward calls; generate uses one anyway
+        _make_evict(inner)
+    inner.get_decoder().keyformer_config = config or KeyformerConfig()
     return model
+
+
+def _make_evict(model: PreTrainedModel) -> None:
+    """Patch a model, or leave it as it is where it cannot be served."""
+    kind = model.config.model_type
+    if package := _package(kind):
+        check_config(model.config)
+        patches = package.PATCHES
+        if not issubclass(patches.get(type(model), nn.Module), KeyformerGenerationMixin):
+            raise InputError(f"a {type(model).__name__} does not generate text")
+        patch(model, patches)
+        return
+    layers = check_model(model)
+    patch(model, make_patches(model))
+    switch_attention(model, layers)
+    if kind not in TESTED:
+        try:
+            try_out(model, KeyformerCache(model.config, KeyformerConfig.preset("full")))
+        except InputError:
+            disable_keyformer(model)
+            raise
 
 
 def disable_keyformer(model: Model) -> Model:
@@ -172,15 +205,9 @@ def disable_keyformer(model: Model) -> Model:
     inner = _unwrapped(model)
     if not _evicts(inner):
         return model
-    decoder = inner.get_decoder()
-    stock = decoder.keyformer_stock
-    for name in ("keyformer_config", "keyformer_stock"):
-        vars(decoder).pop(name, None)
+    vars(inner.get_decoder()).pop("keyformer_config", None)
     unpatch(inner)
-    if stock is not None:
-        inner.config.use_cache, attention = stock
-        if inner.config._attn_implementation == NAME:
-            inner.set_attn_implementation(attention)
+    switch_back(inner)
     return model
 
 

@@ -10,50 +10,42 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from contextvars import ContextVar
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from keyformer import served
 from keyformer.attention import Rotary
 from keyformer.cache import KeyformerCache
-from keyformer.config import InputError
-from keyformer.modeling import KeyformerGenerationMixin, KeyformerModelMixin, Patches, attend
+from keyformer.call import CALL
+from keyformer.modeling import (
+    KeyformerGenerationMixin,
+    KeyformerModelMixin,
+    Patches,
+    attend,
+    mixed,
+)
 
 NAME = "keyformer"
 """Of this attention in transformers' interface."""
-
-NOT_THROUGH_INTERFACE = (
-    "not all of its layers have an attention that goes through transformers' attention interface"
-)
-SERVED_LAYERS = ("full_attention", "sliding_attention")
-MOVABLE = (
-    *("llama", "qwen2", "qwen3", "mistral", "phi3"),
-    *("gemma2", "gemma3_text", "gpt_neox", "falcon"),
-)
-"""Models whose layers all rotate every token, so that a token can be given a new place."""
-
-UNSTEADY = ("dynamic", "longrope")
-"""Kinds of RoPE whose frequencies change with the length of the text."""
-
 
 def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     *,
     scaling: float,
     dropout: float = 0.0,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    alibi_slopes: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers' attention layers call, see :func:`keyformer.modeling.attend`.
+    """What transformers' attention layers call where there is a cache.
 
     Parameters
     ----------
@@ -61,9 +53,7 @@ def attention_forward(
         (batch, heads or kv_heads, tokens, head_dim) of the new tokens, rotated where the
         model rotates.
     attention_mask
-        (batch, 1, 1, tokens) bool, what :class:`KeyformerModelMixin` passes.
-    alibi_slopes
-        Instead of a rotation, see :func:`keyformer.attention.attention`.
+        Not looked at: the cache knows what may be seen.
 
     Returns
     -------
@@ -75,33 +65,54 @@ def attention_forward(
     InputError
         If the layer asks for something that the cache does not do.
     """
-    if dropout:
-        raise InputError(
-            f"attention dropout {dropout} is not supported: call model.eval(), set it to 0, or"
-            " train before enable_keyformer"
-        )
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise _unsupported(type(module).__name__, f"it adds {name} to its logits")
-    cache, rotation = _CALL.get()
-    rotary = None
-    if rotation is not None and alibi_slopes is None:
-        rotary = rotation.of_layer(module)
-        query, key = rotation.undo(rotary, query), rotation.undo(rotary, key)
+    call = CALL.get()
+    assert call is not None  # see LayerConfig
+    served.check_attention(module, call, key, value, dropout, sliding_window, kwargs)
+    query, key, rotary = unrotated(module, query, key)
     output, weights = attend(
-        cache,
         module.layer_idx,  # type: ignore[arg-type]
         query,
         key,
         value,
-        attention_mask,
         scale=scaling,
-        alibi_slopes=alibi_slopes,
         softcap=softcap,
-        window=sliding_window,
         rotary=rotary,
     )
     return output.unflatten(-1, (query.shape[1], -1)), weights
+
+
+def unrotated(
+    module: nn.Module, query: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor, Rotary | None]:
+    """New queries and keys of a layer as they are stored, and what rotates them to a place.
+
+    Where places do not change they are stored as the layer has rotated them.
+    """
+    call = CALL.get()
+    if call is None or call.rotation is None:
+        return query, key, None
+    rotary = call.rotation.of_layer(module)
+    return call.rotation.undo(rotary, query), call.rotation.undo(rotary, key), rotary
+
+
+class LayerConfig:
+    """A model's configuration as its attention layers see it: it names this attention.
+
+    It does so while a forward goes through a cache; otherwise, and where layers are run again for
+    their gradients, theirs is the one that the model is set to.
+    """
+
+    def __init__(self, of: PreTrainedConfig) -> None:
+        self.of = of
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return self.of._attn_implementation if CALL.get() is None else NAME
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "of":  # not set yet, where this is being copied
+            raise AttributeError(name)
+        return getattr(self.of, name)
 
 
 class ModelRotary:
@@ -113,22 +124,9 @@ class ModelRotary:
         The module that gives cosines and sines for positions.
     places
         (batch, tokens) int64, the positions that the layers rotate new tokens to.
-
-    Raises
-    ------
-    InputError
-        If its frequencies depend on the length of the text, so that a rotation cannot be
-        undone.
     """
 
     def __init__(self, embedding: nn.Module, places: Tensor) -> None:
-        kinds = embedding.rope_type
-        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
-            if kind in UNSTEADY:
-                raise InputError(
-                    f"positions='new' cannot be had with rope_type {kind!r}, whose frequencies"
-                    " change with the length of the text; use positions='original'"
-                )
         self.embedding, self.places = embedding, places
         self.apply = sys.modules[type(embedding).__module__].apply_rotary_pos_emb
         self.by_layer_type = "layer_type" in inspect.signature(embedding.forward).parameters
@@ -159,125 +157,41 @@ class ModelRotary:
         return torch.cat([turned, rest], dim=-1).view(shape)
 
 
-_CALL: ContextVar[tuple[KeyformerCache | None, ModelRotary | None]] = ContextVar(
-    "call", default=(None, None)
-)
-"""The cache of the forward call that is running in this thread, and the rotation of its new
-tokens if their places change: not every model passes its layers' keyword arguments on."""
-
-
 class InterfaceModelMixin:
-    """Placed after KeyformerModelMixin: tells :func:`attention_forward` the cache of a call."""
+    """Placed after KeyformerModelMixin where layers rotate before they call their attention."""
 
-    config: Any
     rotary_emb: nn.Module
+    layers_rotate = True
 
-    def forward(self, **inputs: Any) -> Any:
-        """The model's forward, its layers' calls to the cache's ``update`` let through.
-
-        ``position_ids`` are (batch, tokens) int64, the places of the new tokens.
-
-        Raises
-        ------
-        InputError
-            If tokens should get new places and the model cannot give them any.
-        """
-        cache = inputs["past_key_values"]
-        if cache is None:
-            return super().forward(**inputs)  # type: ignore[misc]
-        rotation = None
+    def _rotation(self, cache: KeyformerCache, position_ids: Tensor) -> ModelRotary | None:
+        """What turns new tokens back whose places change; learned positions stay."""
         has_table = self.position_table is not None  # type: ignore[attr-defined]
-        if cache.config.positions == "new" and not has_table:
-            if self.config.model_type not in MOVABLE:
-                raise InputError(
-                    f"positions='new' is not supported for model_type {self.config.model_type!r};"
-                    f" it is for {', '.join(MOVABLE)} and models with a table of positions"
-                )
-            rotation = ModelRotary(self.rotary_emb, inputs["position_ids"])
-        call = _CALL.set((cache, rotation))
-        cache.hands_over = True
-        try:
-            return super().forward(**inputs)  # type: ignore[misc]
-        finally:
-            cache.hands_over = False
-            _CALL.reset(call)
-
-
-def check_supported(config: PreTrainedConfig) -> None:
-    """Refuse a configuration whose models cannot evict.
-
-    Raises
-    ------
-    InputError
-        Saying why.
-    """
-    kinds = set(getattr(config, "layer_types", None) or ()) - set(SERVED_LAYERS)
-    if getattr(config, "is_encoder_decoder", False):
-        reason = "it is an encoder-decoder, whose decoder attends to two sets of keys"
-    elif config.get_text_config(decoder=True) is not config:
-        reason = "it reads more than text"
-    elif not getattr(config, "num_attention_heads", None):
-        reason = "it has no attention heads: a state-space model has no keys to evict"
-    elif getattr(config, "kv_lora_rank", None):
-        reason = "its attention is latent: all heads share one compressed vector a token"
-    elif getattr(config, "num_kv_shared_layers", 0):
-        reason = "some of its layers attend to the keys of others"
-    elif getattr(config, "use_bidirectional_attention", False):
-        reason = "its tokens attend to later ones"
-    elif kinds:
-        reason = (
-            "it has layers that are neither full nor sliding-window attention, such as state-space"
-            f" ones: {', '.join(sorted(kinds))}"
-        )
-    else:
-        return
-    raise _unsupported(config.model_type, reason)
-
-
-def _unsupported(what: str, reason: str) -> InputError:
-    return InputError(f"{what} is not supported: {reason}")
+        if cache.config.positions == "original" or has_table:
+            return None
+        return ModelRotary(self.rotary_emb, position_ids)
 
 
 def make_patches(model: PreTrainedModel) -> Patches:
-    """What takes the place of a model's classes once its attention goes through here.
-
-    Raises
-    ------
-    InputError
-        If the model cannot be served; the message says why.
-    """
-    name, config = type(model).__name__, model.config
-    check_supported(config)
-    decoder = type(model.get_decoder())
-    if not isinstance(model, GenerationMixin) or decoder is type(model):
-        raise InputError(f"a {name} does not generate text")
-    attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
-    if {m.layer_idx for m in attentions} != set(range(config.num_hidden_layers)):
-        raise _unsupported(name, NOT_THROUGH_INTERFACE)
+    """What takes the place of a model's classes once its attention goes through here."""
     return {
-        of: _mixed(of, *mixins)  # type: ignore[arg-type]
+        of: mixed(of, *mixins)  # type: ignore[arg-type]
         for of, mixins in (
-            (decoder, (KeyformerModelMixin, InterfaceModelMixin)),
+            (type(model.get_decoder()), (InterfaceModelMixin, KeyformerModelMixin)),
             (type(model), (KeyformerGenerationMixin,)),
         )
     }
 
 
-@functools.cache
-def _mixed(stock: type[nn.Module], *mixins: type) -> type[nn.Module]:
-    """A subclass with the mixins before it, under the same name: it is saved as that one."""
-    return type(stock.__name__, (*mixins, stock), {"__module__": __name__})
-
-
-def switch_attention(model: PreTrainedModel) -> None:
-    """Let the model's attention layers call :func:`attention_forward`.
-
-    Raises
-    ------
-    InputError
-        If its attention does not go through transformers' interface.
-    """
+def switch_attention(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
+    """Let attention layers call :func:`attention_forward`, whatever the model is set to later."""
     AttentionInterface.register(NAME, attention_forward)
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        raise _unsupported(type(model).__name__, NOT_THROUGH_INTERFACE)
+    config = LayerConfig(model.config)
+    for layer in layers:
+        layer.config = config  # type: ignore[assignment]
+
+
+def switch_back(model: PreTrainedModel) -> None:
+    """Undo :func:`switch_attention`."""
+    for layer in model.modules():
+        if isinstance(config := getattr(layer, "config", None), LayerConfig):
+            layer.config = config.of  # type: ignore[assignment]

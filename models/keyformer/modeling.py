@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
@@ -9,11 +11,13 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
+from transformers.generation import GenerationMode
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from keyformer import kernels
-from keyformer.attention import Rotary, Tokens
+from keyformer import served
+from keyformer.attention import Rotary
 from keyformer.cache import KeyformerCache
+from keyformer.call import CALL, LAST_OUTPUTS, Call
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.replay import replayed
 
@@ -21,160 +25,271 @@ Patches = dict[type[nn.Module], type[nn.Module]]
 
 
 def attend(
-    cache: KeyformerCache | None,
     layer_idx: int,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    real: Tensor,
     *,
     scale: float,
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
-    window: int | None = None,
     rotary: Rotary | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a patched layer: through the cache, or plain and causal without one.
+    """Attention of a layer, through the cache of the forward that is running.
 
     Parameters
     ----------
-    cache
-        The model's ``past_key_values``.
     query, key, value
-        (batch, heads or kv_heads, tokens, head_dim) of the new tokens, not rotated.
-    real
-        (batch, 1, 1, tokens) bool, what :class:`KeyformerModelMixin` passes as the mask.
+        (batch, heads or kv_heads, tokens, head_dim) of the new tokens; not rotated if ``rotary``
+        is to.
     scale, alibi_slopes, softcap, rotary
         See :meth:`keyformer.cache.KeyformerLayer.attend`.
-    window
-        See :func:`keyformer.attention.attention`; a cache has its own from the configuration.
 
     Returns
     -------
     tuple
         What the heads give, side by side, (batch, tokens, heads * head_dim); and the weights
-        (batch, heads, tokens, slots + tokens) float32 if they were asked for.
+        (batch, heads, tokens, columns fed so far) in the model's dtype if they were asked for.
     """
-    real = real[:, 0, 0]
-    options: dict[str, Any] = {"scale": scale, "alibi_slopes": alibi_slopes, "softcap": softcap}
-    if cache is not None:
-        attended = cache.attend(query, key, value, layer_idx, real, rotary=rotary, **options)
-    else:
-        positions = (real.cumsum(dim=-1) - 1).masked_fill(~real, -1)[:, None]
-        if rotary is not None:
-            query, key = rotary(query, positions), rotary(key, positions)
-        positions = positions.expand(-1, key.shape[1], -1)
-        new = Tokens(key, value, positions, positions)
-        attended = kernels.attention("auto", query, new[:0], new, window=window, **options)
-    return attended.output.transpose(1, 2).flatten(2), attended.weights
+    call = CALL.get()
+    assert call is not None, "there is no forward of a patched model"
+    attended = call.cache.attend(
+        query,
+        key,
+        value,
+        layer_idx,
+        call.real,
+        scale=scale,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        rotary=rotary,
+        output_weights=call.output_attentions,
+    )
+    weights = call.cache.by_column(layer_idx, attended) if call.output_attentions else None
+    return attended.output.transpose(1, 2).flatten(2), weights
 
 
-class KeyformerModelMixin:
+class Patched:
+    """A class that takes the place of one of transformers', which it is made from."""
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """What transformers says of its own class, whose source it reads."""
+        return stock_class(cls)._can_set_attn_implementation()  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by what it was made from, where it is of no module."""
+        mixins = vars(type(self)).get("keyformer_mixins")
+        if mixins is None:
+            return super().__reduce_ex__(protocol)
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _unpickled, (stock_class(type(self)), mixins), *state
+
+
+def stock_class(cls: type) -> type:
+    """transformers' class that a patched one was made from, or the class itself."""
+    return next(c for c in cls.__mro__ if not _is_ours(c))
+
+
+@functools.cache
+def mixed(stock: type[nn.Module], *mixins: type) -> type[nn.Module]:
+    """A subclass with the mixins before it; by name and module it is the same class."""
+    return type(
+        stock.__name__,
+        (*mixins, stock),
+        {"__module__": stock.__module__, "keyformer_mixins": mixins},
+    )
+
+
+def _unpickled(stock: type[nn.Module], mixins: tuple[type, ...]) -> nn.Module:
+    cls = mixed(stock, *mixins)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def _argument_names(cls: type) -> tuple[str, ...]:
+    """Of transformers' own forward, in the order in which it takes them."""
+    names = inspect.signature(stock_class(cls).forward).parameters  # type: ignore[attr-defined]
+    return tuple(names)[1:]
+
+
+class KeyformerModelMixin(Patched):
     """Placed before a base model such as MptModel: gives its layers what eviction needs.
+
+    Where there is no KeyformerCache, in training and with use_cache=False, the forward is
+    transformers' own, its attention included.
 
     Attributes
     ----------
     keyformer_config
         The method used where no cache is passed in.
-    keyformer_stock
-        use_cache and attention implementation before the model was made to evict; None if
-        it was built so.
+    alibi
+        What ALiBi counts: "columns" that were fed, or "tokens" that the mask shows; None without.
+    layers_rotate
+        Whether keys come rotated, so that they have to be turned back where places change.
     """
 
     config: Any
+    training: bool
     keyformer_config = KeyformerConfig()
-    keyformer_stock: tuple[bool, str] | None = None
+    alibi: str | None = None
+    layers_rotate = False
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        past_key_values: KeyformerCache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, with a KeyformerCache made where one is due.
 
-        ``attention_mask`` is (batch, tokens) or (batch, tokens seen + tokens), 0 for padding.
-        ``position_ids`` are replaced: the cache knows where each token stands.
+        Arguments are those of transformers' model. ``attention_mask`` is (batch, tokens) or
+        (batch, tokens seen + tokens), 0 for padding and for earlier tokens that are not to be
+        seen; ``position_ids`` count for positions="original".
 
-        A prompt longer than ``prefill_chunk`` goes through the layers chunk by chunk; the
-        hidden states kept are those that the cache's ``outputs_wanted`` asks for.
+        A prompt longer than ``prefill_chunk`` goes through the layers chunk by chunk.
 
         Raises
         ------
         InputError
-            If a token would stand beyond the model's table of positions, or hidden states or
-            attentions of all layers are asked for from a prompt in chunks.
+            If the cache cannot serve the call: see :mod:`keyformer.served`.
         TypeError
             If the cache is of a kind that does not evict.
         """
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        if tokens is None:
-            raise ValueError("one of input_ids and inputs_embeds is needed")
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(f"attention_mask must be 2D, got shape {tuple(attention_mask.shape)}")
-        if use_cache is None:
-            use_cache = self.config.use_cache
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if use_cache and past_key_values is None:
-            past_key_values = KeyformerCache(self.config, self.keyformer_config)
-        if not isinstance(past_key_values, KeyformerCache | None):
-            kind = type(past_key_values).__name__
-            raise TypeError(f"a model with Keyformer takes a KeyformerCache, got a {kind}")
-        if past_key_values is not None:
-            past_key_values.output_attentions = bool(output_attentions)
-        if attention_mask is None:
-            real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        else:
-            real = attention_mask[:, -tokens.shape[1] :].to(torch.bool)
-        inputs = {
-            "input_ids": input_ids,
-            "inputs_embeds": inputs_embeds,
-            "past_key_values": past_key_values,
-            "use_cache": use_cache,
-            "output_attentions": output_attentions,
-            **kwargs,
-        }
-        if past_key_values is None:
-            places = (real.cumsum(dim=-1) - 1).masked_fill(~real, -1)
-            return self._forward_at(places, real, inputs)
-        self._check_places(past_key_values, real)
-        chunk = past_key_values.config.prefill_chunk
+        inputs = {**dict(zip(_argument_names(type(self)), args, strict=False)), **kwargs}
+        cache = self._cache_for(inputs)
+        if cache is None:
+            return super().forward(**inputs)  # type: ignore[misc]
+        served.check_call(self, cache, inputs)
+        inputs["past_key_values"] = cache
+        tokens = served.fed(inputs)
+        cache.columns.crop(cache.text.length)  # what a forward that failed has left
+        real = cache.columns.take(inputs.pop("attention_mask", None), tokens)
+        given = inputs.pop("position_ids", None)
+        served.check_columns(cache, real, given)
+        self._place_for_alibi(cache, real)
+        self._check_places(cache, real, given)
+        told = self._told_positions(cache, real, given)
+        chunk = cache.config.prefill_chunk
         if chunk is None or chunk >= real.shape[1]:
-            return self._forward_at(past_key_values.next_places(real), real, inputs)
-        return self._forward_in_chunks(chunk, past_key_values, real, inputs)
+            position_ids = self._counted_on(cache, real) if told is None else told
+            return self._forward_at(cache, position_ids, real, inputs)
+        return self._forward_in_chunks(chunk, cache, told, real, inputs)
 
-    def _forward_at(self, places: Tensor, real: Tensor, inputs: dict[str, Any]) -> Any:
-        """The base model's forward, told which tokens are real and where they stand."""
-        # Which new tokens are real is all that a layer asks of a mask. transformers hands a
-        # mask of four dimensions through as it is, and so builds none of n x n entries.
-        return super().forward(  # type: ignore[misc]
-            attention_mask=real[:, None, None], position_ids=places.clamp(min=0), **inputs
+    def _cache_for(self, inputs: dict[str, Any]) -> KeyformerCache | None:
+        """The cache of a call, a new one if it is due; None if there is to be none of this kind."""
+        cache = inputs.get("past_key_values")
+        if isinstance(cache, KeyformerCache):
+            return cache
+        if self.training:
+            return None
+        if cache is not None:
+            kind = type(cache).__name__
+            raise TypeError(f"a model with Keyformer takes a KeyformerCache, got a {kind}")
+        use_cache = inputs.get("use_cache")
+        if self.config.use_cache if use_cache is None else use_cache:
+            return KeyformerCache(self.config, self.keyformer_config)
+        return None
+
+    @property
+    def attention_dropout_rate(self) -> float:
+        """The rate at which the layers drop weights in training."""
+        return served.attention_dropout(self.config)
+
+    def _place_for_alibi(self, cache: KeyformerCache, real: Tensor) -> None:
+        """Tell where ALiBi puts each column, if that is not its token's position."""
+        columns, shown = cache.columns, None
+        if self.alibi == "tokens" and columns.hides:
+            shown = columns.all_shown(len(real), real.device)
+        elif self.alibi == "columns" and not columns.even and cache.config.never_evicts:
+            shown = torch.ones(len(real), columns.length, dtype=torch.bool, device=real.device)
+        columns.places = None if shown is None else shown.cumsum(dim=-1) - 1
+
+    def _told_positions(
+        self, cache: KeyformerCache, real: Tensor, given: Tensor | None
+    ) -> Tensor | None:
+        """Where new columns stand by ``position_ids`` or the mask, (batch or 1, tokens) int64.
+
+        None where they are counted on from what the cache holds.
+        """
+        if cache.config.positions == "new" or not self._takes_positions:
+            return None
+        if given is None and cache.config.never_evicts and self._counts_tokens:
+            shown = cache.columns.all_shown(len(real), real.device)
+            return (shown.cumsum(dim=-1) * shown - 1)[:, -real.shape[1] :]
+        return given
+
+    def _counted_on(
+        self, cache: KeyformerCache, real: Tensor, columns: Tensor | None = None
+    ) -> Tensor | None:
+        """Where new tokens stand after those before, (batch, tokens) int64; padding has no place.
+
+        Under method full padding counts, as in transformers, which is told nothing and counts by
+        itself, unless these are ``columns`` (batch, tokens) of a prompt in chunks.
+        """
+        if not self._takes_positions:
+            return None
+        if cache.config.positions == "new" or not cache.config.never_evicts:
+            return cache.next_places(real).clamp(min=0)
+        return columns
+
+    @property
+    def _takes_positions(self) -> bool:
+        return "position_ids" in _argument_names(type(self))
+
+    @property
+    def _counts_tokens(self) -> bool:
+        """Whether without position_ids the model counts what the mask shows, as OPT does."""
+        table = getattr(self, "embed_positions", None)
+        return table is not None and "attention_mask" in _argument_names(type(table))
+
+    def _forward_at(
+        self,
+        cache: KeyformerCache,
+        position_ids: Tensor | None,
+        real: Tensor,
+        inputs: dict[str, Any],
+    ) -> Any:
+        """The base model's forward, its layers' attention through the cache."""
+        call = Call(
+            cache,
+            real,
+            output_attentions=served.outputs_attentions(self, inputs),
+            rotation=self._rotation(cache, position_ids),
         )
+        if position_ids is not None:
+            inputs = {**inputs, "position_ids": position_ids}
+        running = CALL.set(call)
+        try:
+            # transformers hands a mask of four dimensions through as it is, and so builds none of
+            # n x n entries.
+            output = super().forward(  # type: ignore[misc]
+                attention_mask=real[:, None, None], **inputs
+            )
+        finally:
+            CALL.reset(running)
+        served.check_layers(self, cache)  # type: ignore[arg-type]
+        return output
+
+    def _rotation(self, cache: KeyformerCache, position_ids: Tensor | None) -> Any:
+        """What turns new queries and keys back where their places change."""
+        return None
 
     def _forward_in_chunks(
-        self, chunk: int, cache: KeyformerCache, real: Tensor, inputs: dict[str, Any]
+        self,
+        chunk: int,
+        cache: KeyformerCache,
+        told: Tensor | None,
+        real: Tensor,
+        inputs: dict[str, Any],
     ) -> Any:
         """The outputs of a prompt whose tokens go through the layers ``chunk`` at a time."""
-        all_layers = [inputs["output_attentions"], inputs.get("output_hidden_states")]
-        if any(all_layers) or self.config.output_hidden_states:
-            raise InputError(
-                "a prompt in chunks gives neither attentions nor hidden states of all layers:"
-                " leave prefill_chunk out, or set the cache's observer"
-            )
         return_dict = inputs.get("return_dict")
         if return_dict is None:
             return_dict = self.config.return_dict
         cache.expect(real)
         batch, tokens = real.shape
-        first_wanted = max(0, tokens - (cache.outputs_wanted or tokens))
+        first_wanted = max(0, tokens - (LAST_OUTPUTS.get() or tokens))
         wanted: Tensor | None = None
         row = torch.arange(batch, device=real.device)[:, None]
+        if told is not None:
+            told = told.expand(batch, -1)
+        past = cache.text.length
         # Padding goes last, so that each sequence is cut where it would be cut alone.
         order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
         for columns in order.split(chunk, dim=1):
@@ -185,12 +300,16 @@ class KeyformerModelMixin:
                 for name, value in inputs.items()
             }
             here = real[row, columns]
-            output = self._forward_at(cache.next_places(here), here, {**part, "return_dict": True})
+            if told is None:
+                at = self._counted_on(cache, here, past + columns)
+            else:
+                at = told[row, columns]
+            output = self._forward_at(cache, at, here, {**part, "return_dict": True})
             hidden = output.last_hidden_state
             if wanted is None:
                 wanted = hidden.new_empty(batch, tokens - first_wanted, hidden.shape[-1])
-            at = (columns >= first_wanted).nonzero(as_tuple=True)
-            wanted[at[0], columns[at] - first_wanted] = hidden[at]
+            found = (columns >= first_wanted).nonzero(as_tuple=True)
+            wanted[found[0], columns[found] - first_wanted] = hidden[found]
         output.last_hidden_state = wanted
         return output if return_dict else output.to_tuple()
 
@@ -203,15 +322,17 @@ class KeyformerModelMixin:
                 return table.num_embeddings - getattr(table, "offset", 0)
         return None
 
-    def _check_places(self, cache: KeyformerCache, real: Tensor) -> None:
+    def _check_places(self, cache: KeyformerCache, real: Tensor, given: Tensor | None) -> None:
         """Before the first layer: is the table large enough, for a prompt's generation too?"""
         table = self.position_table
-        if real.shape[1] == 1 and cache.text.length < cache.text.reserved:
+        if table is None or (real.shape[1] == 1 and cache.text.length < cache.text.reserved):
             return  # the prompt's check counted this token
-        # Counting real tokens waits for the device, so only where they could be too many.
-        if table is None or cache.get_seq_length() + cache.planned(real) <= table:
-            return
-        needed = cache.places_needed(real)
+        later = cache.planned(real) - real.shape[1]
+        needed = cache.text.length + real.shape[1] + later
+        if cache.config.positions == "original" and given is not None:
+            needed = int(given.max()) + 1 + later
+        elif needed > table and (self._counts_tokens or not cache.config.never_evicts):
+            needed = cache.places_needed(real)  # counting tokens waits for the device
         if needed > table:
             raise InputError(
                 f"the text would take {needed} positions and the model has {table}: shorten the"
@@ -219,7 +340,7 @@ class KeyformerModelMixin:
             )
 
 
-class KeyformerGenerationMixin:
+class KeyformerGenerationMixin(Patched):
     """Placed before a ...ForCausalLM: ``generate`` works on a KeyformerCache.
 
     It does so whatever ``use_cache`` says: MPT's checkpoints turn it off, and there is
@@ -229,36 +350,26 @@ class KeyformerGenerationMixin:
     config: Any
     get_decoder: Any
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        past_key_values: KeyformerCache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> Any:
-        """The model's forward; the cache learns of how many tokens logits are asked for."""
-        if isinstance(past_key_values, KeyformerCache):
-            last = logits_to_keep if isinstance(logits_to_keep, int) else 0
-            past_key_values.outputs_wanted = last or None
-        return super().forward(  # type: ignore[misc]
-            input_ids=input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, with the decode steps of ``generate`` replayed on a GPU."""
         output = None if args else replayed(self, kwargs)  # type: ignore[arg-type]
-        return super().__call__(*args, **kwargs) if output is None else output  # type: ignore[misc]
+        if output is not None:
+            return output
+        keep = kwargs.get("logits_to_keep")
+        last = LAST_OUTPUTS.set(keep if isinstance(keep, int) and keep > 0 else None)
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            LAST_OUTPUTS.reset(last)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, which writes its class's name into the configuration."""
+        ours = type(self)
+        self.__class__ = stock_class(ours)
+        try:
+            return self.save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = ours
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
@@ -278,9 +389,38 @@ class KeyformerGenerationMixin:
         if isinstance(cache, KeyformerCache):
             cache.max_new_tokens = generation_config.max_new_tokens
             cache.max_length = generation_config.max_length
+            if GenerationMode.ASSISTED_GENERATION in args:
+                served.check_taking_back(cache, generation_config.max_length)
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args
         )
+
+    def _prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs
+    ) -> Any:
+        """The prompt; where transformers cuts it up, budgets are still those of the whole."""
+        cache, mask = (model_kwargs.get(name) for name in ("past_key_values", "attention_mask"))
+        if generation_config.prefill_chunk_size is not None and isinstance(cache, KeyformerCache):
+            past = cache.get_seq_length()
+            real = torch.ones_like(input_ids) if mask is None else mask
+            cache.expect(real[:, past:].to(torch.bool) if real.shape[1] > past else real.bool())
+        return super()._prefill(  # type: ignore[misc]
+            input_ids, generation_config, model_kwargs, *args, **kwargs
+        )
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """transformers' own; a mask that goes on from the last one says so, and is believed."""
+        before = model_kwargs.get("attention_mask")
+        updated = super()._update_model_kwargs_for_generation(  # type: ignore[misc]
+            outputs, model_kwargs, *args, **kwargs
+        )
+        mask = updated.get("attention_mask")
+        if before is not None and mask is not None and mask is not before:
+            mask.keyformer_continues = before
+            before.keyformer_continues = None
+        return updated
 
 
 class FusedGELU(NewGELUActivation):
@@ -312,12 +452,12 @@ def patch(model: nn.Module, patches: Patches) -> None:
 def unpatch(model: nn.Module) -> None:
     """Undo :func:`patch`: every module gets back the class that its own was made from."""
     for module in model.modules():
-        _set_class(module, next(c for c in type(module).__mro__ if not _is_ours(c)))
+        _set_class(module, stock_class(type(module)))
 
 
 def _is_ours(cls: type) -> bool:
-    """Whether a class is of this package or of one of the patched models'."""
-    return cls.__module__.split(".")[0].endswith("keyformer")
+    """Whether a class is of this package, of one of the patched models' or made by :func:`mixed`."""
+    return "keyformer_mixins" in vars(cls) or cls.__module__.split(".")[0].endswith("keyformer")
 
 
 def _set_class(module: nn.Module, new: type[nn.Module]) -> None:

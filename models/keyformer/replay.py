@@ -24,9 +24,10 @@ CAPTURED_ON = ("cuda",)
 LEAST_STEPS = 8
 """Steps left from which on a capture, which takes as long as a few steps, is worth it."""
 
-INPUTS = ("input_ids", "attention_mask", "position_ids")
-IGNORED = ("past_key_values", "use_cache", "return_dict", "logits_to_keep")
-"""What else ``generate`` passes, and a step of one token does not depend on."""
+INPUTS = ("input_ids", "position_ids")
+IGNORED = ("past_key_values", "use_cache", "return_dict", "logits_to_keep", "attention_mask")
+"""What else ``generate`` passes, and a step of one token does not depend on: of the mask it is
+known before that it shows all that was shown, and the new token."""
 
 
 def replayed(model: nn.Module, arguments: dict[str, Any]) -> ModelOutput | None:
@@ -46,6 +47,9 @@ def replayed(model: nn.Module, arguments: dict[str, Any]) -> ModelOutput | None:
         return None
     if cache.text.length >= cache.text.reserved or cache.observer is not None:
         return None
+    mask, columns = arguments.get("attention_mask"), cache.columns
+    if not columns.ends_real or not columns.continued_by(mask):
+        return None
     given = {name for name, value in arguments.items() if value is not None and value is not False}
     if given.difference(INPUTS, IGNORED) or not arguments.get("return_dict", True):
         return None
@@ -60,8 +64,10 @@ def replayed(model: nn.Module, arguments: dict[str, Any]) -> ModelOutput | None:
         cache.graph = graph = _captured(model, cache, inputs)
         if graph is None:
             return None
+        columns.mask = mask
     else:
         cache.count_step()
+        columns.advance(mask, 1)
     return graph.replay(cache, inputs)
 
 
@@ -69,9 +75,8 @@ def _captured(
     model: nn.Module, cache: KeyformerCache, inputs: dict[str, Tensor]
 ) -> DecodeGraph | None:
     """The step as a graph; None, with a warning once, if the model cannot be captured."""
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     devices = {parameter.device for parameter in model.parameters()}
-    if hooked or devices != {inputs["input_ids"].device}:
+    if any(_hooks(model)) or devices != {inputs["input_ids"].device}:
         cache.replays = False
         return None
     before = [(text.length, text.step) for text in cache.texts]
@@ -96,21 +101,39 @@ class DecodeGraph:
 
     def __init__(self, model: nn.Module, cache: KeyformerCache, inputs: dict[str, Tensor]) -> None:
         self.model = weakref.ref(model)
+        self.hooks = _hooks(model)
+        self.state = _state(model)
+        self.prompt_end = cache.text.prompt_end
         self.addresses = _addresses(cache)
         self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self.graph = torch.cuda.CUDAGraph()
+        mask = cache.columns.mask
+        if mask is not None:
+            mask, before = torch.ones_like(inputs["input_ids"]), mask
+            mask.keyformer_continues = before  # type: ignore[attr-defined]
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"), FewRows():
-            output = model.forward(**self.inputs, past_key_values=cache, return_dict=True)
+            output = model.forward(
+                **self.inputs, attention_mask=mask, past_key_values=cache, return_dict=True
+            )
         if not {"logits"} <= set(output) <= {"logits", "past_key_values"}:
             raise RuntimeError(f"the model returns {', '.join(output)}")
         self.output_type = type(output)
         self.logits = output.logits
 
     def fits(self, model: nn.Module, cache: KeyformerCache, inputs: dict[str, Tensor]) -> bool:
-        """Whether this is that forward: the same model, slots and inputs of the same shapes."""
+        """Whether this is that forward: the same slots, inputs of the same shapes, and a model of
+        which nothing has changed that it computes with.
+
+        The model is looked through once after each prompt, and its hooks at every step.
+        """
+        if self.model() is not model or any(self.hooks):
+            return False
+        if self.prompt_end != cache.text.prompt_end and self.state != _state(model):
+            return False
+        self.prompt_end = cache.text.prompt_end
         shapes = {name: tensor.shape for name, tensor in inputs.items()}
         return (
-            self.model() is model
+            self.state[0] == _modes()
             and self.addresses == _addresses(cache)
             and shapes == {name: tensor.shape for name, tensor in self.inputs.items()}
         )
@@ -122,6 +145,53 @@ class DecodeGraph:
         cache.set_temperature()
         self.graph.replay()
         return self.output_type(logits=self.logits.clone(), past_key_values=cache)
+
+
+def _hooks(model: nn.Module) -> list[dict]:
+    """Where all hooks are kept that a graph would pass over."""
+    everywhere = [nn.modules.module._global_forward_hooks]
+    everywhere.append(nn.modules.module._global_forward_pre_hooks)
+    for module in model.modules():
+        everywhere += [module._forward_hooks, module._forward_pre_hooks]
+    return everywhere
+
+
+def _modes() -> tuple:
+    """What of torch's own settings decides how an operation computes."""
+    return (
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+        torch.is_inference_mode_enabled(),
+        torch.backends.cuda.matmul.allow_tf32,
+    )
+
+
+def _state(model: nn.Module) -> tuple:
+    """All that a forward depends on beside its inputs: modes, modules, weights, plain settings.
+
+    An adapter that is switched, merged or scaled shows in the settings of its layers.
+    """
+    settings = []
+    for name, module in model.named_modules():
+        tensors = (*module._parameters.items(), *module._buffers.items())
+        settings.append(
+            (
+                name,
+                type(module),
+                tuple((key, t.data_ptr(), t.dtype) for key, t in tensors if t is not None),
+                tuple((key, repr(v)) for key, v in vars(module).items() if _is_plain(v)),
+            )
+        )
+    return _modes(), repr(getattr(model, "config", None)), settings
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a number, a name, or a collection of such."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str, type(None)))
 
 
 class FewRows(TorchFunctionMode):
@@ -182,5 +252,10 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _addresses(cache: KeyformerCache) -> list[int]:
-    """Where the slots of each layer are."""
-    return [layer.keys.data_ptr() for layer in cache.layers]
+    """Where all is that a step reads and writes; a layer's slots are replaced together."""
+    tensors = [cache.tau]
+    for layer in cache.layers:
+        tensors += [layer.keys, layer.scores]
+    for text in cache.texts:
+        tensors += [text.seen, text.budget, text.window, text.frozen_before]
+    return [tensor.data_ptr() for tensor in tensors]

@@ -3,12 +3,227 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from keyformer.config import KeyformerConfig
+from keyformer.config import InputError, KeyformerConfig
+
+
+NO_MASK = (
+    "attention_mask is not given though earlier columns were padding: they stay hidden, which"
+    " transformers' own caches do not promise"
+)
+
+
+class Columns:
+    """Which columns of the text are tokens, and which of those the attention mask shows.
+
+    A column is what was fed at one index, a token or padding. While each sequence's tokens follow
+    one another and all are shown, as in ``generate``, a token's column is its position and a
+    constant, and nothing is looked up.
+
+    Attributes
+    ----------
+    length
+        Columns taken.
+    padded
+        Whether any of them is padding.
+    even
+        Whether each sequence's tokens follow one another.
+    hides
+        Whether the last mask hides a token.
+    changed
+        Whether it hides others than the mask before.
+    new_even
+        :attr:`even`, of the columns taken last alone.
+    places
+        (batch, length) int64: what ALiBi takes for the place of each column; None where that is
+        the token's position and a constant. Whoever knows the model sets it after :meth:`take`.
+    """
+
+    real: Tensor | None
+    shown: Tensor | None
+    mask: Tensor | None
+    places: Tensor | None
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.length = 0
+        self.padded = self.hides = self.changed = False
+        self.even = self.new_even = self.ends_real = True
+        # Up to the last column that is none or hidden; all after it are tokens, and shown.
+        self.real = self.shown = self.mask = self.places = None
+
+    def take(self, mask: Tensor | None, tokens: Tensor) -> Tensor:
+        """Count new columns in, and look at what their mask says of the earlier ones.
+
+        Waits for the device, unless the mask is that of ``generate``'s next step.
+
+        Parameters
+        ----------
+        mask
+            (batch, new) or (batch, length + new), nonzero for what is a token and may be seen;
+            None where all tokens are. The first form leaves earlier columns as they were.
+        tokens
+            (batch, new, ...): what is fed.
+
+        Returns
+        -------
+        Tensor
+            (batch, new) bool, which new columns are tokens.
+
+        Raises
+        ------
+        InputError
+            If the mask has another shape, or shows columns that were padding when they were fed.
+        """
+        batch, new = tokens.shape[:2]
+        past, self.places, self.changed = self.length, None, False
+        if mask is None:
+            if self.padded:
+                warnings.warn(NO_MASK, stacklevel=2)
+            real = torch.ones(batch, past + new, dtype=torch.bool, device=tokens.device)
+            real[:, :past] = self._until(past, self.real, real)
+        else:
+            widths = sorted({new, past + new})
+            if mask.shape[0] != batch or mask.shape[1] not in widths:
+                allowed = " or ".join(str((batch, width)) for width in widths)
+                raise InputError(
+                    f"attention_mask must have shape {allowed}, got {tuple(mask.shape)}"
+                )
+            real = mask.to(torch.bool)
+        shown, real = real[:, :-new], real[:, -new:]
+        if self.continued_by(mask):
+            self.advance(mask, new)
+            return real
+        if shown.shape[1]:
+            self._show(shown)
+        self._append(real)
+        self.mask = mask
+        self.length += new
+        return real
+
+    def continued_by(self, mask: Tensor | None) -> bool:
+        """Whether a mask is known to show what is shown, and to add nothing but tokens."""
+        if mask is None:
+            return not self.hides
+        before = getattr(mask, "keyformer_continues", None)
+        return before is not None and before is self.mask
+
+    def advance(self, mask: Tensor | None, new: int) -> None:
+        """Count ``new`` columns in, all of them tokens, under a mask that continues the last."""
+        self.even &= self.ends_real
+        self.new_even = self.ends_real = True
+        self.mask = mask
+        self.length += new
+
+    def _show(self, shown: Tensor) -> None:
+        """Let a mask (batch, length) bool hide earlier tokens, or show them again."""
+        real = self._until(self.length, self.real, shown)
+        if torch.equal(shown, self._until(self.length, self.shown, shown)):
+            return
+        if bool((shown & ~real).any()):
+            raise InputError(
+                "attention_mask shows earlier tokens that were padding when they were read: they"
+                " have no keys"
+            )
+        self.shown, self.changed = shown, True
+        self.hides = bool((real & ~shown).any())
+
+    def _append(self, real: Tensor) -> None:
+        """Take (batch, new) columns of which padding is among."""
+        full = bool(real.all())
+        self.new_even = full or _one_run(real)
+        if full and self.ends_real:
+            return
+        self.padded |= not full
+        self.shown = torch.cat([self._until(self.length, self.shown, real), real], dim=1)
+        self.real = torch.cat([self._until(self.length, self.real, real), real], dim=1)
+        self.even = _one_run(self.real)
+        self.ends_real = bool(self.real[:, -1].all())
+
+    @staticmethod
+    def _until(length: int, known: Tensor | None, like: Tensor) -> Tensor:
+        """(batch, length) bool: what is known of the first columns, True of all others."""
+        if known is None:
+            return like.new_ones(len(like), length)
+        return torch.nn.functional.pad(known, (0, length - known.shape[1]), value=True)
+
+    def all_shown(self, batch: int, device: torch.device) -> Tensor:
+        """(batch, length) bool: the mask taken last over all columns."""
+        like = torch.ones(batch, 0, dtype=torch.bool, device=device)
+        return self._until(self.length, self.shown, like).to(device)
+
+    def of(self, positions: Tensor) -> Tensor:
+        """The column of each position (batch, ...), -1 where that is negative."""
+        if self.real is None:
+            return positions.clamp(min=-1)
+        real = self._until(self.length, self.real, self.real).to(positions.device)
+        columns = (~real).to(torch.uint8).argsort(dim=1, stable=True)
+        return _looked_up(columns, positions)
+
+    def place_of(self, positions: Tensor) -> Tensor:
+        """What ALiBi takes for the places of positions (batch, ...), -1 for a negative one."""
+        assert self.places is not None
+        return _looked_up(self.places.to(positions.device), self.of(positions))
+
+    def shows(self, positions: Tensor) -> Tensor:
+        """Whether the mask shows the tokens at positions (batch, ...) >= 0, bool."""
+        shown = self.all_shown(len(positions), positions.device)
+        return _looked_up(shown.long(), self.of(positions)) == 1
+
+    def tokens_from(self, column: int) -> Tensor:
+        """How many tokens each sequence has from there on, (batch,) or (1,) int64."""
+        if self.real is None:
+            return torch.tensor([self.length - column])
+        return self._until(self.length, self.real, self.real)[:, column:].sum(dim=-1)
+
+    def crop(self, length: int) -> None:
+        """Take back all columns from ``length`` on."""
+        if length >= self.length:
+            return
+        self.length, self.mask = length, None
+        if self.shown is not None:
+            self.shown = self.shown[:, :length]
+        if self.real is not None:
+            self.real = self.real[:, :length]
+            self.padded = not bool(self.real.all())
+            self.even = _one_run(self.real)
+            self.ends_real = not length or bool(self.real[:, -1].all())
+        self.hides = self.shown is not None and bool(
+            (self._until(self.shown.shape[1], self.real, self.shown) & ~self.shown).any()
+        )
+
+    def select(self, index: Tensor, rows: int) -> None:
+        """Take the sequences ``index`` (batch,) of ``rows`` instead."""
+        if len(index) != rows:
+            self.mask = None
+        self.real, self.shown = (
+            known if known is None else known.index_select(0, index.to(known.device))
+            for known in (self.real, self.shown)
+        )
+
+
+def _one_run(real: Tensor) -> bool:
+    """Whether no sequence of (batch, columns) has padding between tokens."""
+    if not real.shape[1]:
+        return True
+    count = real.sum(dim=-1)
+    reach = torch.arange(1, real.shape[1] + 1, device=real.device) * real
+    first = real.int().argmax(dim=-1)
+    return bool(((reach.amax(dim=-1) - first == count) | (count == 0)).all())
+
+
+def _looked_up(table: Tensor, index: Tensor) -> Tensor:
+    """Of each row of ``table`` (batch, n) the entries ``index`` (batch, ...); -1 where negative."""
+    found = table.gather(1, index.clamp(min=0).flatten(1)).view(index.shape)
+    return found.masked_fill(index < 0, -1)
 
 
 class Span:
@@ -44,6 +259,8 @@ class Text:
     ----------
     config
         The method and its settings.
+    columns
+        Where in what was fed the tokens are.
     window
         Tokens that the model lets a query of these layers see, itself included; None if all.
 
@@ -82,8 +299,11 @@ class Text:
     span: Span
     largest_budget: int
 
-    def __init__(self, config: KeyformerConfig, window: int | None = None) -> None:
+    def __init__(
+        self, config: KeyformerConfig, columns: Columns, window: int | None = None
+    ) -> None:
         self.config = config
+        self.columns = columns
         self.model_window = window
         self.reset()
 
@@ -148,6 +368,21 @@ class Text:
         self.frozen_before = self.window_start(lengths)
         self.seen = torch.zeros_like(lengths)
         self.shared = torch.zeros_like(lengths).repeat(len(lengths), 1)
+
+    @property
+    def evicted(self) -> bool:
+        """Whether any sequence has more tokens than slots; waits for the device."""
+        return bool(self.first_prompt) and bool((self.seen > self.budget).any())
+
+    def crop(self, length: int) -> None:
+        """Take back the last tokens, of which none was evicted, so that ``length`` are left.
+
+        The columns are those of before; budgets stay.
+        """
+        self.seen -= self.columns.tokens_from(length).to(self.seen.device)
+        self.length = length
+        self.first_prompt = min(self.first_prompt, max(1, length))
+        self.prompt_end = min(self.prompt_end, length)
 
     def window_start(self, seen: Tensor) -> Tensor:
         """The first position of the recent window after ``seen`` (batch,) tokens."""

@@ -72,14 +72,16 @@ def attention(
     window: int | None = None,
     output_weights: bool = False,
     span: Span | None = None,
+    mask: str | None = None,
     **options: Any,
 ) -> Attended:
     """:func:`keyformer.attention.attention`, by the prefill kernels where they are to run.
 
-    ``span`` is that of the new tokens, which only the kernels ask for.
+    ``span`` is that of the new tokens, which only the kernels ask for; ``mask`` is what they do
+    not know of the attention mask.
     """
     others: dict[str, Any] = {"softcap": softcap, "window": window}
-    if not output_weights and run_on(backend, query, **others):
+    if not output_weights and run_on(backend, query, **others, mask=mask):
         from keyformer.kernels import prefill
 
         span = span or Span(new.positions[:, 0], new.places[:, 0])

@@ -1,0 +1,317 @@
+"""What can be served: looked at when a model is made to evict, and on each forward call.
+
+Everything that Keyformer refuses of a model or of a call is refused here, in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+
+from keyformer.config import InputError
+
+if TYPE_CHECKING:
+    from keyformer.cache import KeyformerCache
+    from keyformer.call import Call
+
+NOT_THROUGH_INTERFACE = (
+    "not all of its layers have an attention that goes through transformers' attention interface"
+)
+SERVED_LAYERS = ("full_attention", "sliding_attention")
+MOVABLE = (
+    *("llama", "qwen2", "qwen3", "mistral", "phi3"),
+    *("gemma2", "gemma3_text", "gpt_neox", "falcon"),
+)
+"""Models whose layers all rotate every token, so that a token can be given a new place."""
+
+TESTED = (*MOVABLE, "opt")
+"""Models that are known to hand their attention what it expects; all others are tried once."""
+
+UNSTEADY = ("dynamic", "longrope")
+"""Kinds of RoPE whose frequencies change with the length of the text."""
+
+OTHER_INPUTS = ("encoder_hidden_states", "encoder_attention_mask", "head_mask")
+"""Arguments of transformers' models that change what attention sees, and a cache does not know."""
+
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+"""What configurations call the dropout of attention's weights."""
+
+HARMLESS = ("position_ids", "cache_position", "position_embeddings", "token_type_ids")
+"""Tensors that layers pass on to their attention and that do not change it."""
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Refuse a configuration whose models cannot evict.
+
+    Raises
+    ------
+    InputError
+        Saying why.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ()) - set(SERVED_LAYERS)
+    if getattr(config, "is_encoder_decoder", False):
+        reason = "it is an encoder-decoder, whose decoder attends to two sets of keys"
+    elif getattr(config, "add_cross_attention", False):
+        reason = "its layers attend to an encoder too"
+    elif config.get_text_config(decoder=True) is not config:
+        reason = "it reads more than text"
+    elif not getattr(config, "num_attention_heads", None):
+        reason = "it has no attention heads: a state-space model has no keys to evict"
+    elif getattr(config, "kv_lora_rank", None):
+        reason = "its attention is latent: all heads share one compressed vector a token"
+    elif getattr(config, "num_kv_shared_layers", 0):
+        reason = "some of its layers attend to the keys of others"
+    elif getattr(config, "use_bidirectional_attention", False) or not getattr(
+        config, "is_causal", True
+    ):
+        reason = "its tokens attend to later ones"
+    elif kinds:
+        reason = (
+            "it has layers that are neither full nor sliding-window attention, such as state-space"
+            f" ones: {', '.join(sorted(kinds))}"
+        )
+    else:
+        return
+    raise unsupported(config.model_type, reason)
+
+
+def check_model(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention layers of a model that is to evict through transformers' interface.
+
+    Raises
+    ------
+    InputError
+        If there are not just one for each of its layers; the message says why.
+    """
+    name, config = type(model).__name__, model.config
+    check_config(config)
+    if not isinstance(model, GenerationMixin) or type(model.get_decoder()) is type(model):
+        raise InputError(f"a {name} does not generate text")
+    if not isinstance(model.get_decoder(), PreTrainedModel):
+        raise unsupported(name, "it has no decoder of its own beneath the head")
+    found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "scaling")]
+    layers = sorted(m.layer_idx for m in found if isinstance(m.layer_idx, int))
+    if len(layers) < len(found) or layers != list(range(config.num_hidden_layers)):
+        raise unsupported(name, NOT_THROUGH_INTERFACE)
+    if not all(getattr(m, "config", None) is config for m in found):
+        raise unsupported(name, NOT_THROUGH_INTERFACE)
+    return found
+
+
+def check_call(model: Any, cache: KeyformerCache, inputs: dict[str, Any]) -> None:
+    """Refuse a forward call that a cache cannot serve, before anything has changed.
+
+    Parameters
+    ----------
+    model
+        The decoder.
+    inputs
+        Arguments of its forward, by name.
+
+    Raises
+    ------
+    InputError
+        Saying why.
+    """
+    config, text = cache.config, cache.text
+    tokens = fed(inputs)
+    mask = inputs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(
+            f"attention_mask must be (batch, tokens) where a KeyformerCache is used, got {got};"
+            " other masks are for calls with use_cache=False"
+        )
+    if text.length and len(text.seen) != len(tokens):
+        raise InputError(
+            f"the cache holds {len(text.seen)} sequences and {len(tokens)} were given"
+        )
+    for name in OTHER_INPUTS:
+        if inputs.get(name) is not None:
+            raise InputError(f"{name} cannot be combined with a KeyformerCache")
+    if inputs.get("is_causal", True) is False:
+        raise InputError("is_causal=False cannot be combined with a KeyformerCache")
+    dropout = model.attention_dropout_rate
+    if model.training and dropout:
+        raise InputError(
+            f"attention dropout {dropout} cannot be combined with a KeyformerCache: call"
+            " model.eval(), set it to 0, or train with use_cache=False"
+        )
+    if model.training and model.is_gradient_checkpointing:
+        raise InputError(
+            "gradient checkpointing cannot be combined with a KeyformerCache: layers that are run"
+            " again would be fed twice; train with use_cache=False"
+        )
+    chunk = config.prefill_chunk
+    if chunk is not None and chunk < tokens.shape[1]:
+        given = inputs.get("output_hidden_states")
+        hidden = model.config.output_hidden_states if given is None else given
+        if hidden or outputs_attentions(model, inputs):
+            raise InputError(
+                "a prompt in chunks gives neither attentions nor hidden states of all layers:"
+                " leave prefill_chunk out, or set the cache's observer"
+            )
+    if config.positions == "new" and model.layers_rotate and model.position_table is None:
+        kind = model.config.model_type
+        if kind not in MOVABLE:
+            raise InputError(
+                f"positions='new' is not supported for model_type {kind!r}; it is for"
+                f" {', '.join(MOVABLE)} and models with a table of positions"
+            )
+        for rope in _kinds(getattr(model.rotary_emb, "rope_type", "default")):
+            if rope in UNSTEADY:
+                raise InputError(
+                    f"positions='new' cannot be had with rope_type {rope!r}, whose frequencies"
+                    " change with the length of the text; use positions='original'"
+                )
+
+
+def check_columns(cache: KeyformerCache, real: Tensor, position_ids: Tensor | None) -> None:
+    """Refuse masks and positions under which tokens cannot be given new places.
+
+    Parameters
+    ----------
+    real
+        (batch, tokens) bool, which new columns are tokens.
+    position_ids
+        (batch or 1, tokens) int64 as they were given, if they were.
+    """
+    if cache.config.positions != "new":
+        return
+    if cache.columns.hides:
+        raise InputError("positions='new' cannot be had where attention_mask hides earlier tokens")
+    if not cache.columns.new_even:
+        raise InputError("positions='new' cannot be had with padding between tokens")
+    if position_ids is None or position_ids.shape[1] == 1:
+        return  # one token has the place after those in the cache, whatever it is called
+    steps = position_ids.diff(dim=-1) == 1
+    both = (real[:, 1:] & real[:, :-1]).expand(len(real), -1)
+    if not bool((steps | ~both).all()):
+        raise InputError(
+            "position_ids that do not count up by one cannot be had with positions='new'"
+        )
+
+
+def check_taking_back(cache: KeyformerCache, length: int) -> None:
+    """Refuse assisted decoding, which takes rejected tokens back, where tokens may be evicted.
+
+    Parameters
+    ----------
+    length
+        Tokens that the text may come to.
+    """
+    windows = [text.model_window for text in cache.texts if text.model_window]
+    largest = cache.text.largest_budget if cache.text.first_prompt else cache.config.kv_budget or 0
+    if largest < length or any(window < length for window in windows):
+        raise InputError(
+            "assisted decoding takes tokens back, which a cache that evicts cannot: it needs the"
+            f" method full, or a kv_budget of at least {length}, and layers without a window"
+        )
+
+
+def check_attention(
+    module: nn.Module,
+    call: Call,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    sliding_window: int | None,
+    others: dict[str, Any],
+) -> None:
+    """Refuse an attention that asks for what a cache does not do.
+
+    Parameters
+    ----------
+    key, value
+        What it hands over, which must be what it gave the cache.
+    others
+        Its further keyword arguments.
+    """
+    name = type(module).__name__
+    layer: Any = module.layer_idx
+    handed = call.handed.pop(layer, None)
+    if handed is None or handed[0] is not key or handed[1] is not value:
+        raise unsupported(name, "it attends to other keys and values than it gives the cache")
+    if dropout:
+        raise InputError(
+            f"attention dropout {dropout} cannot be combined with a KeyformerCache: call"
+            " model.eval() or set it to 0"
+        )
+    if sliding_window is not None and sliding_window != call.cache.layers[layer].window:
+        raise unsupported(name, f"layer {layer} has a window that its configuration does not name")
+    for other, given in others.items():
+        if isinstance(given, Tensor) and other not in HARMLESS:
+            raise unsupported(name, f"it adds {other} to its logits")
+
+
+def check_layers(model: nn.Module, cache: KeyformerCache) -> None:
+    """After a forward: has every layer attended through the cache?"""
+    for number, layer in enumerate(cache.layers):
+        if layer.length != layer.text.length:
+            raise unsupported(
+                type(model).__name__, f"the attention of layer {number} did not reach the cache"
+            )
+
+
+def fed(inputs: dict[str, Any]) -> Tensor:
+    """What is fed: (batch, tokens) int64 or, already embedded, (batch, tokens, hidden)."""
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    return embeds if ids is None else ids
+
+
+def outputs_attentions(model: Any, inputs: dict[str, Any]) -> bool:
+    """Whether a forward is asked for its layers' weights."""
+    given = inputs.get("output_attentions")
+    return bool(model.config.output_attentions if given is None else given)
+
+
+def attention_dropout(config: PreTrainedConfig) -> float:
+    """The rate at which attention drops weights in training, whatever it is called."""
+    for of in (config, getattr(config, "attn_config", None)):
+        for name in DROPOUTS:
+            if rate := getattr(of, name, 0.0):
+                return rate
+    return 0.0
+
+
+def unsupported(what: str, reason: str) -> InputError:
+    """The error that refuses a model."""
+    return InputError(f"{what} is not supported: {reason}")
+
+
+def _kinds(rope_type: Any) -> Iterable[str]:
+    return rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
+
+
+@torch.no_grad()
+def try_out(model: PreTrainedModel, cache: KeyformerCache) -> None:
+    """Feed a model that nobody has tested a few tokens.
+
+    Raises
+    ------
+    InputError
+        If its layers hand their attention something else than a cache takes.
+    """
+    if model.device.type == "meta":
+        return
+    name = type(model).__name__
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        for tokens in (3, 1):
+            ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
+            model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise unsupported(name, f"a first token could not be fed: {reason}") from error
+    finally:
+        for module in trained:
+            module.training = True
