@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 import subprocess
 import sys
+from importlib.metadata import distributions, entry_points
+from pathlib import Path
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model, model_registry
 from lm_eval.models.huggingface import HFLM
 from originals import write_original
 
+import keyformer_lm_eval
 from keyformer import InputError, KeyformerCache, KeyformerConfig
 from keyformer_lm_eval.model import KeyformerLM
 
@@ -229,28 +235,85 @@ def test_bad_arguments(mpt, arguments, says: str) -> None:
         KeyformerLM(**{"pretrained": mpt, "device": "cpu", **arguments})
 
 
-def test_the_command_finds_the_model(mpt, tmp_path) -> None:
-    """lm-eval's own command, which still finds its own models; other programs import nothing."""
+PLUGIN = str(Path(keyformer_lm_eval.__file__).with_name("plugin.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("command", "plugin"),
+    [
+        (["lm_eval"], [PLUGIN]),
+        (["accelerate", "launch", "--num_processes", "1", "-m", "keyformer_lm_eval"], []),
+    ],
+)
+def test_a18_commands_find_the_model(mpt, tmp_path, command, plugin) -> None:
+    """lm-eval's own, where the tasks name the plugin, and this project's without."""
     (tmp_path / "task.yaml").write_text(
         "task: two_ends\noutput_type: multiple_choice\ntest_split: test\n"
         f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'd.jsonl'}}}}}\n"
         "doc_to_text: text\ndoc_to_choice: ends\ndoc_to_target: 0\n"
     )
     (tmp_path / "d.jsonl").write_text('{"text": "the key", "ends": ["tokens", "others"]}\n' * 3)
-    command = (
-        "import sys\nfrom lm_eval.__main__ import cli_evaluate\n"
-        f"sys.argv = ['lm_eval', '--model', 'keyformer', '--model_args', 'pretrained={mpt}',"
-        f" '--tasks', 'two_ends', '--include_path', '{tmp_path}', '--device', 'cpu']\n"
-        "cli_evaluate()\n"
-        "from lm_eval.api.registry import get_model\nprint(get_model('hf').__name__)"
+    script = Path(sys.executable).with_name(command[0])
+    flags = ["--model", "keyformer", "--model_args", f"pretrained={mpt}", "--device", "cpu"]
+    tasks = ["--include_path", str(tmp_path), "--tasks", "two_ends", *plugin]
+    ran = subprocess.run(
+        [str(script), *command[1:], *flags, *tasks, "--output_path", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
     )
-    other = "import sys, torch; print('transformers' in sys.modules, 'lm_eval' in sys.modules)"
-    ran = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        for code in (command, other)
-    ]
-    assert ran[0].returncode == 0, ran[0].stderr
-    *table, last = ran[0].stdout.splitlines()
-    assert any("two_ends" in line for line in table)
-    assert last == "HFLM"
-    assert ran[1].stdout.split() == ["False", "False"]
+    assert ran.returncode == 0, ran.stderr
+    assert any("two_ends" in line for line in ran.stdout.splitlines())
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(written.read_text())["results"]
+    assert [name for name, measured in results.items() if "acc,none" in measured] == ["two_ends"]
+
+
+def test_a18_names_of_the_commands() -> None:
+    """Both of lm-eval's run one function, as ``python -m lm_eval`` does; so do this project's."""
+    scripts = {one.name: one.value for one in entry_points(group="console_scripts")}
+    assert scripts["lm_eval"] == scripts["lm-eval"] == "lm_eval.__main__:cli_evaluate"
+    assert scripts["keyformer-lm-eval"] == "keyformer_lm_eval.__main__:main"
+
+
+def python(code: str, folder: Path) -> list[str]:
+    """Words that a fresh interpreter prints."""
+    kept = {k: v for k, v in os.environ.items() if k != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=kept
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.split()
+
+
+def test_a18_importing_torch_runs_nothing_of_this_project(tmp_path) -> None:
+    code = "import sys, torch\nprint(*sys.modules)"
+    loaded = {name.partition(".")[0] for name in python(code, tmp_path)}
+    assert "torch" in loaded
+    assert not {name for name in loaded if "keyformer" in name or name in ("lm_eval", "tiny")}
+
+
+def test_a18_no_metadata_declares_a_plugin_of_torch() -> None:
+    """Of any copy of it that is found: that of an earlier install goes with a new one."""
+    found = list(distributions(name="keyformer"))
+    assert found
+    groups = {one.group for metadata in found for one in metadata.entry_points}
+    assert groups == {"console_scripts", "lm_eval.models"}
+
+
+def test_a18_the_entry_point_of_lm_eval_gives_the_model(tmp_path) -> None:
+    """As releases that read it keep it; being registered already, it is left alone."""
+    code = (
+        "from importlib.metadata import entry_points\n"
+        "from lm_eval.api.registry import get_model, model_registry\n"
+        "import lm_eval.models\n"
+        "point = entry_points(group='lm_eval.models')['keyformer']\n"
+        "model_registry.register('keyformer', target=point)\n"
+        "import keyformer_lm_eval\nkeyformer_lm_eval.register()\n"
+        "print(get_model('keyformer').__name__, get_model('hf').__name__)"
+    )
+    assert python(code, tmp_path) == ["KeyformerLM", "HFLM"]
+
+
+def test_a18_importing_the_model_registers_it_beside_lm_evals_own() -> None:
+    assert get_model("keyformer") is KeyformerLM and get_model("hf") is HFLM
+    assert "vllm" in model_registry

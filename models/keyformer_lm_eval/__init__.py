@@ -1,16 +1,12 @@
 """lm-eval's ``--model keyformer``. Importing this package alone is cheap: no torch, no lm-eval."""
 
-import sys
+MODEL = "keyformer_lm_eval.model:KeyformerLM"
 
 
 def register() -> None:
-    """Put the model's name into lm-eval's registry, where lm-eval is what is running.
+    """Put the model's name into lm-eval's registry; the model is imported only if asked for."""
+    import lm_eval.models  # noqa: F401  (adds its own models, later only if there are none)
+    from lm_eval.api.registry import model_registry
 
-    torch calls this when it is imported, as a plugin; lm-eval's command imports torch before it
-    looks the name up. The model itself is imported only if it is asked for.
-    """
-    if "lm_eval" in sys.modules:
-        import lm_eval.models  # noqa: F401  (adds its own models, later only if there are none)
-        from lm_eval.api.registry import model_registry
-
-        model_registry.register("keyformer", target="keyformer_lm_eval.model:KeyformerLM")
+    if "keyformer" not in model_registry:
+        model_registry.register("keyformer", target=MODEL)

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from keyformer.cache import KeyformerCache
 from keyformer.config import UNLIMITED, InputError, KeyformerConfig
 from keyformer.integration import enable_keyformer, load_model
+from keyformer_lm_eval import register
 
 LOGGER = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ Score = tuple[float, bool]
 """The log-probability of a continuation, and whether greedy decoding would give it."""
 
 
-@register_model("keyformer")
 class KeyformerLM(HFLM):
     """Any method of the paper under any task of lm-eval.
 
@@ -266,3 +265,6 @@ def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """The items in their order, ``size`` at a time."""
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+register()

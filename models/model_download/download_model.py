@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, errors, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
 from keyformer import InputError
+from keyformer.checkpoint import read_object, read_shards
 from keyformer.evaluation.flags import Parser, run_main
 
 MODELS = (
@@ -98,14 +99,10 @@ def verify(target: Path, sizes: dict[str, int | None]) -> None:
         if not (target / name).is_file() or size not in (None, (target / name).stat().st_size):
             raise InputError(f"{target / name} is missing or incomplete; run again")
     try:
-        json.loads((target / "config.json").read_text())
-        named = {
-            shard
-            for name in sizes
-            if name.endswith(".index.json")
-            for shard in json.loads((target / name).read_text())["weight_map"].values()
-        }
-    except (OSError, ValueError, KeyError) as error:
+        read_object(target / "config.json")
+        indices = [target / name for name in sizes if name.endswith(".index.json")]
+        named = {shard for index in indices for shard in read_shards(index)}
+    except (OSError, InputError) as error:
         raise InputError(f"config or shard index in {target} is broken: {error}") from error
     if missing := sorted(named - set(sizes)):
         raise InputError(f"the index in {target} names {missing[0]}, which the repository lacks")

@@ -1,0 +1,7 @@
+"""What plugin.yaml has lm-eval import."""
+
+from keyformer_lm_eval import MODEL, register
+
+__all__ = ["MODEL"]
+
+register()
