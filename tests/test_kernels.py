@@ -7,7 +7,10 @@ such that prompts and slots fill more than one block.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import re
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +94,51 @@ def test_scores_added_up_by_several_programs(monkeypatch, method: str, score: st
     check_same(Case(config, 1, 3, [300, 100], [1, 1, 2, 1], alibi=True, seed=0))
     roomy = dataclasses.replace(config, kv_budget=400)
     check_same(Gap(roomy, 1, 2, [200, 300], [1] * 4, alibi=True, seed=0))
+
+
+def turned_round(path: Path):
+    """keyformer.kernels.decode with the ids of programs in reverse: the last starts first."""
+    source = Path(keyformer.kernels.decode.__file__).read_text()
+    turned = r"(tl.num_programs(\1) - 1 - tl.program_id(\1))"
+    path.write_text(re.sub(r"tl\.program_id\((\d)\)", turned, source))
+    spec = importlib.util.spec_from_file_location("decode_turned_round", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("settled", [2048, 16])
+def test_a19_program_ids_turned_round(monkeypatch, tmp_path, settled: int) -> None:
+    """Whatever ids the programs have that start first, nobody waits for one yet to start.
+
+    On a GPU those that wait are more than it runs at once: it would hang. In the interpreter,
+    where a program ends before the next one starts, nobody may have to wait at all.
+    """
+    ordinary, turned = keyformer.kernels.decode, turned_round(tmp_path / "turned.py")
+    for module in (ordinary, turned):
+        monkeypatch.setattr(module, "SETTLED", settled)
+    if DEVICE == "cpu":
+
+        def wait(finished, parts) -> None:
+            stored = tl.atomic_add(finished, 0)
+            assert stored >= parts, "waits for a program that has not started"
+
+        monkeypatch.setattr(turned, "_wait", wait)
+    config = KeyformerConfig(kv_budget=40, seed=3, backend="triton")
+    kv_heads = 1 if DEVICE == "cpu" else 400
+    # The second sequence is padding in a decode step too.
+    case = Gap(config, kv_heads, 2, [50, 45], [1] * 2, alibi=True, seed=0, device=DEVICE)
+    ends = []
+    for module in (ordinary, turned):
+        with monkeypatch.context() as patched:
+            patched.setattr(ordinary, "step", module.step)
+            outputs = []
+            for cache, _, output in case.run():  # noqa: B007
+                outputs.append(output)
+        layer = cache.layers[0]
+        assert not layer.finished.any()
+        ends.append([*outputs, *(getattr(layer, name) for name in KeyformerLayer._per_slot)])
+    assert all(map(torch.equal, *ends))
 
 
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 4), (80, 1), (128, 1), (256, 1)])

@@ -33,6 +33,9 @@ HIDDEN, OUT_OF_WINDOW, NOTHING = -(2**32), -(2**33), -(2**34)
 """The ranks of a token that the attention mask hides, of one that no query can see any more, and
 of none at all, each before its position."""
 
+COUNTS = 4
+"""What the decode kernel's programs count of each head."""
+
 EMPTY = -1
 """The position of no token. What the mask hides is less: -2 - its position."""
 
@@ -69,7 +72,7 @@ class KeyformerLayer(CacheLayerMixin):
     scores
         (batch, kv_heads, slots) float32, accumulated f_theta (section 3.3.2).
     finished
-        (batch, kv_heads, 2) int32, zeros: the decode kernel's programs count themselves here.
+        (batch, kv_heads, COUNTS) int32, zeros: the decode kernel's programs count themselves here.
     """
 
     is_sliding = False
@@ -356,7 +359,7 @@ class KeyformerLayer(CacheLayerMixin):
         )
 
     def _count_from_zero(self) -> None:
-        shape = (*self.positions.shape[:2], 2)
+        shape = (*self.positions.shape[:2], COUNTS)
         self.finished = torch.zeros(shape, dtype=torch.int32, device=self.device)
 
     def _quantized(self, vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,11 @@ joins them, another adds up the scores, finds the token that leaves and writes t
 it. It draws the noise while it waits. Where a head has more slots than a program's registers
 hold, several do it, a range of slots each; the noisy softmax is then left to the parts, and who
 leaves to the last that is done.
+
+CUDA may start programs in another order, and promises that those which run get on, not that
+others start meanwhile. So a program waits only for parts that have started; where one has not, it
+leaves its task to the last part that starts. Parts come first by their ids, since a processor that
+got one more of them than others, by an order of start, would be done last.
 """
 
 from __future__ import annotations
@@ -20,12 +25,27 @@ from torch import Tensor
 from keyformer import cache
 from keyformer.attention import Tokens
 from keyformer.kernels.noise import LOG2_E, head_row, query_row, spread, zeta
-from keyformer.kernels.tiles import HIDDEN, slot_tile
+from keyformer.kernels.tiles import (
+    HIDDEN,
+    make_writable,
+    readable,
+    readable_slopes,
+    slot_tile,
+)
 from keyformer.precision import quantize
 from keyformer.score import Scorer
 
 STAYS = tl.constexpr(cache.STAYS)
 """The rank of a token that may not leave."""
+
+COUNTS = tl.constexpr(cache.COUNTS)
+"""Of a head's programs: parts stored, settlers done, parts started, tasks begun."""
+
+LEFT = tl.constexpr(2**16)
+"""What a program that leaves its task to another adds to the number of parts started."""
+
+PATIENCE = tl.constexpr(64)
+"""Looks at that number, each of less than a microsecond, before a program leaves."""
 
 
 @triton.jit
@@ -73,7 +93,7 @@ def _attend(
     top = tl.full([GROUP_BLOCK], HIDDEN, tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
     output = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
-    first = pair.to(tl.int64) * slots
+    first = pair * slots
     keys += first * KEY_ROW
     values += first * VALUE_ROW
     key_scales += first * GROUPS
@@ -112,7 +132,7 @@ def _attend(
             x += slope[:, None] * distance.to(tl.float32)[None, :]
         x = tl.where(filled[None, :], x, HIDDEN)
         if SCORED:
-            x_at = logits + head.to(tl.int64)[:, None] * slots + slot[None, :]
+            x_at = logits + head[:, None] * slots + slot[None, :]
             tl.store(x_at, x, mask=in_group[:, None] & filled[None, :])
         new_top = tl.maximum(top, tl.max(x, axis=1))
         weight = tl.exp2(x - new_top[:, None])
@@ -125,12 +145,32 @@ def _attend(
     at = head * parts + part
     tl.store(stats + at, top, mask=in_group)
     tl.store(stats + heads * parts + at, total, mask=in_group)
-    tl.store(outputs + at.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :], output, mask=real)
+    tl.store(outputs + at[:, None] * HEAD_DIM + dim[None, :], output, mask=real)
+
+
+@triton.jit
+def _may_wait(started, parts):
+    """1 if all parts of a head have started; else 0, and the last to start has one task more.
+
+    It looks for a while: where programs start in their order, the last is just about to.
+    """
+    allowed, looks = 1, 0
+    while looks < PATIENCE:
+        looks += 1
+        if (tl.atomic_add(started, 0, sem="relaxed") & (LEFT - 1)) == parts:
+            looks = PATIENCE + 1
+    if looks == PATIENCE:
+        before = tl.atomic_add(started, LEFT, sem="relaxed")
+        if (before & (LEFT - 1)) == parts:
+            tl.atomic_add(started, -LEFT, sem="relaxed")
+        else:
+            allowed = 0
+    return allowed
 
 
 @triton.jit
 def _wait(finished, parts):
-    """Until all parts of a head have been stored."""
+    """Until all parts of a head, which have started, are stored."""
     while tl.atomic_add(finished, 0) < parts:
         pass
 
@@ -168,7 +208,7 @@ def _join(
         tops = tl.load(stats + at, mask=part < used, other=HIDDEN)
         totals = tl.load(stats + heads * parts + at, mask=part < used, other=0.0)
         means = tl.load(
-            outputs + at.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :],
+            outputs + at[:, None] * HEAD_DIM + dim[None, :],
             mask=(part < used)[:, None] & in_head[None, :],
             other=0.0,
         )
@@ -216,7 +256,7 @@ def _add_noise(
     for start in range(begin, end, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         filled = slot < end
-        y_at = logits + head.to(tl.int64)[:, None] * slots + slot[None, :]
+        y_at = logits + head[:, None] * slots + slot[None, :]
         there = in_group[:, None] & filled[None, :]
         y = tl.load(y_at, mask=there, other=HIDDEN)
         if NOISE != "none":
@@ -291,7 +331,7 @@ def _settle(
     in_head = dim < HEAD_DIM
     slot = settler * BLOCK + tl.arange(0, BLOCK)
     filled = slot < held
-    first_slot = pair.to(tl.int64) * slots
+    first_slot = pair * slots
     position = tl.load(positions + first_slot + slot, mask=filled, other=0).to(tl.int32)
     score = tl.zeros([BLOCK], tl.float32)
     new_key = tl.load(stored_key + dim, mask=dim < ROW, other=0)
@@ -311,7 +351,7 @@ def _settle(
         x *= sharpness
     _wait(finished, parts)
     if SCORED:
-        y_at = logits + head.to(tl.int64)[:, None] * slots + slot[None, :]
+        y_at = logits + head[:, None] * slots + slot[None, :]
         y = tl.load(y_at, mask=there, other=HIDDEN)
         if SETTLERS == 1:
             if NOISE != "none":
@@ -449,18 +489,19 @@ def _step(
     GROUPS: tl.constexpr,
     GROUPS_BLOCK: tl.constexpr,
     SETTLERS: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """Programs of a key/value head: for its parts, for each query head's output, for eviction."""
-    pair, pairs = tl.program_id(0), tl.num_programs(0)
-    part, parts = tl.program_id(1), tl.num_programs(1) - GROUP - SETTLERS
+    pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     batch, kv_head = pair // KV_HEADS, pair % KV_HEADS
-    heads, first_head = pairs * GROUP, pair * GROUP
-    dim = tl.arange(0, DIM_BLOCK)
+    part, parts = tl.program_id(1), tl.num_programs(1) - GROUP - SETTLERS
+    finished += COUNTS * pair
     new_position = tl.load(new_positions + batch)
     seen_now, budget = tl.load(seen + batch), tl.load(budgets + batch)
+    heads, first_head = pairs * GROUP, pair * GROUP
+    dim = tl.arange(0, DIM_BLOCK)
     held = tl.minimum(seen_now - (new_position >= 0).to(tl.int64), budget).to(tl.int32)
     used = tl.cdiv(held, part_slots)
-    finished += 2 * pair
     query += batch * query_stride_batch + kv_head * GROUP * query_stride_head
     key += batch * key_stride_batch + kv_head * key_stride_head
     value += batch * value_stride_batch + kv_head * value_stride_head
@@ -470,12 +511,15 @@ def _step(
     if SCORED:
         sharpness = 1.0 / tl.load(tau)
     if part < parts:
+        # As a tensor, an element a thread: nobody waits for the answer until it is used.
+        thread = tl.arange(0, THREADS)
+        before = tl.atomic_add(finished + 2 + thread * 0, 1, mask=thread == 0, sem="relaxed")
         group = tl.arange(0, DOT_ROWS)
         place = 0
         if ALIBI:
             place = tl.load(new_places + batch)
         _attend(
-            query + group[:, None] * query_stride_head + dim[None, :],
+            query + group[:, None].to(tl.int64) * query_stride_head + dim[None, :],
             slot_keys,
             key_scales,
             values,
@@ -513,7 +557,7 @@ def _step(
             top, total = _add_noise(
                 logits,
                 positions,
-                pair.to(tl.int64) * slots,
+                pair * slots,
                 first_head + members,
                 members < GROUP,
                 rows,
@@ -530,11 +574,17 @@ def _step(
             tl.store(stats + heads * parts + at, total, mask=members < GROUP)
         tl.debug_barrier()  # all threads have stored: the count tells of it
         tl.atomic_add(finished, 1)
+        before = tl.sum(tl.where(thread == 0, before, 0), axis=0)
+        left = (before >> 16) & (LEFT - 1)
+        tasks = tl.where((before & (LEFT - 1)) == parts - 1, left, 0)
     else:
-        member = part - parts
+        tasks = _may_wait(finished + 2, parts)
+    while tasks > 0:
+        tasks -= 1
+        member = tl.atomic_add(finished + 3, 1, sem="relaxed")
         if member < GROUP:
             _join(
-                query + member * query_stride_head,
+                query + member.to(tl.int64) * query_stride_head,
                 key,
                 value,
                 stats,
@@ -555,7 +605,7 @@ def _step(
             if FROZEN:
                 before = tl.load(frozen_before + batch)
             _settle(
-                query + members[:, None] * query_stride_head + dim[None, :],
+                query + members[:, None].to(tl.int64) * query_stride_head + dim[None, :],
                 key,
                 stored_key + batch * stored_key_stride_batch + kv_head * stored_key_stride_head,
                 stored_value
@@ -612,9 +662,11 @@ def _step(
             )
         else:
             _wait(finished, parts)
-        # The last to have waited leaves the count as it was.
+        # The last to have waited leaves the counts as they were.
         if tl.atomic_add(finished, 1) == parts + GROUP + SETTLERS - 1:
             tl.store(finished, 0)
+            tl.store(finished + 2, 0)
+            tl.store(finished + 3, 0)
 
 
 SETTLED = 2048
@@ -694,6 +746,12 @@ def step(
         float32, of use where nothing was evicted.
     """
     config, text = layer.config, layer.text.on(query.device)
+    as_stored = slots.keys is layer.keys
+    make_writable(layer)
+    query, read_key = readable(query), readable(read.keys)
+    value = readable(new.values)
+    slot_keys, slot_places = slots.keys.contiguous(), slots.places.contiguous()
+    alibi_slopes = readable_slopes(alibi_slopes)
     batch, heads, _, head_dim = query.shape
     kv_heads, count = layer.positions.shape[1:]
     group = heads // kv_heads
@@ -713,7 +771,7 @@ def step(
     settlers = triton.next_power_of_2(triton.cdiv(looked_at, settle_block))
     part = split(batch * kv_heads, count, group + settlers, block, at_once)
     parts = triton.cdiv(count, part)
-    stored_key, stored_value, stored_scales = new.keys, new.values, layer.key_scales
+    stored_key, stored_value, stored_scales = readable(new.keys), value, layer.key_scales
     if config.cache_dtype != "auto":
         pair = torch.stack([new.keys, new.values])
         (stored_key, stored_value), stored_scales = quantize(pair, config.cache_dtype)
@@ -726,13 +784,13 @@ def step(
     new_scores = scratch(batch, kv_heads, 0 if evicts else 1)
     _step[(batch * kv_heads, parts + group + settlers)](
         query,
-        read.keys,
-        new.values,
+        read_key,
+        value,
         stored_key,
         stored_value,
         stored_scales,
-        slots.keys,
-        slots.places,
+        slot_keys,
+        slot_places,
         layer.keys,
         layer.key_scales,
         layer.values,
@@ -755,8 +813,8 @@ def step(
         new_scores,
         layer.finished,
         *query.stride()[:2],
-        *read.keys.stride()[:2],
-        *new.values.stride()[:2],
+        *read_key.stride()[:2],
+        *value.stride()[:2],
         *stored_key.stride()[:2],
         *stored_value.stride()[:2],
         count,
@@ -784,13 +842,14 @@ def step(
         FROZEN=config.key_set == "frozen",
         STRIDE=config.dilation + 1,
         SINKS=config.sinks,
-        KEY_KIND=config.cache_dtype if slots.keys is layer.keys else "auto",
+        KEY_KIND=config.cache_dtype if as_stored else "auto",
         KEY_ROW=slots.keys.shape[-1],
         KIND=config.cache_dtype,
         ROW=layer.values.shape[-1],
         GROUPS=groups,
         GROUPS_BLOCK=triton.next_power_of_2(max(1, groups)),
         SETTLERS=settlers,
+        THREADS=32 * warps,
         num_warps=warps,
         num_stages=stages,
         maxnreg=REGISTERS // (32 * warps * resident) // 8 * 8,

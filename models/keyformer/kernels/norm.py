@@ -71,10 +71,12 @@ def layer_norm(
     Parameters
     ----------
     terms
-        If given, ``input`` is first made their sum; all contiguous, of one shape and dtype.
+        If given, ``input`` is first made their sum; all of one shape and dtype.
     """
     width = input.shape[-1]
-    if len(normalized_shape) > 1 or width > WIDEST or not input.is_contiguous():
+    read = [tensor for tensor in (input, weight, bias, *(terms or ())) if tensor is not None]
+    side_by_side = all(tensor.is_contiguous() for tensor in read)
+    if tuple(normalized_shape) != (width,) or not 0 < width <= WIDEST or not side_by_side:
         if terms is not None:
             torch.add(*terms, out=input)
         return functional.layer_norm(input, normalized_shape, weight, bias, eps)

@@ -25,7 +25,7 @@ from keyformer.kernels.noise import (
     spread,
     zeta,
 )
-from keyformer.kernels.tiles import HIDDEN, tile
+from keyformer.kernels.tiles import HIDDEN, readable, readable_slopes, tile
 from keyformer.score import Scorer
 from keyformer.text import Span
 
@@ -120,16 +120,18 @@ def _attend(
     # exp(x + zeta) is exp(x) over an exponential variate: at tau = 1 no second exp is needed.
     SOFT: tl.constexpr = NOISE == "gumbel" and TAU_IS_1
     # The last queries have the most keys: they go first.
-    start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERY_BLOCK
-    batch, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    blocks = tl.cdiv(queries, QUERY_BLOCK)
+    start = (blocks - 1 - tl.program_id(0) % blocks) * QUERY_BLOCK
+    query_head = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, head = query_head // HEADS, query_head % HEADS
     kv_head = head // GROUP
     asked = start + tl.arange(0, QUERY_BLOCK)
     in_prompt = asked < queries
-    query += batch.to(tl.int64) * query_stride_batch + head * query_stride_head
-    key += batch.to(tl.int64) * key_stride_batch + kv_head * key_stride_head
-    value += batch.to(tl.int64) * value_stride_batch + kv_head * value_stride_head
+    query += batch * query_stride_batch + head * query_stride_head
+    key += batch * key_stride_batch + kv_head * key_stride_head
+    value += batch * value_stride_batch + kv_head * value_stride_head
     # From the first real token on, places and positions go up by one from column to column.
-    batches = tl.num_programs(1) // HEADS
+    batches = tl.num_programs(0) // blocks // HEADS
     first = tl.load(columns + batch).to(tl.int32)
     to_position = tl.load(columns + batches + batch).to(tl.int32) - first
     to_place = tl.load(columns + 2 * batches + batch).to(tl.int32) - first
@@ -152,22 +154,24 @@ def _attend(
     if start + QUERY_BLOCK > first:
         q = tile(query, start, queries, query_stride, HEAD_DIM, DIM_BLOCK, QUERY_BLOCK, True)
         if SLOTS:
-            pair = tl.program_id(1) // GROUP
-            slot_key += pair.to(tl.int64) * slots * HEAD_DIM
-            slot_value += pair.to(tl.int64) * slots * HEAD_DIM
+            first_slot = query_head // GROUP * slots
+            slot_key += first_slot * HEAD_DIM
+            slot_value += first_slot * HEAD_DIM
+            slot_places += first_slot
+            slot_positions += first_slot
             filled = tl.load(held + batch).to(tl.int32)
             for slot in range(0, filled, KEY_BLOCK):
                 seen = slot + tl.arange(0, KEY_BLOCK)
                 k = tile(slot_key, slot, filled, HEAD_DIM, HEAD_DIM, DIM_BLOCK, KEY_BLOCK, True)
                 v = tile(slot_value, slot, filled, HEAD_DIM, HEAD_DIM, DIM_BLOCK, KEY_BLOCK, True)
                 logits = tl.dot(q, tl.trans(k), input_precision="tf32x3") * factor
-                at = pair * slots + seen
                 if ALIBI:
-                    place = tl.load(slot_places + at, mask=seen < filled, other=0).to(tl.int32)
+                    place = tl.load(slot_places + seen, mask=seen < filled, other=0).to(tl.int32)
                     logits += slope * (place - (here + to_place)).to(tl.float32)[None, :]
                 hash_of_slot = tl.zeros([KEY_BLOCK], tl.uint32)
                 if NOISE != "none":
-                    hash_of_slot = spread(tl.load(slot_positions + at, mask=seen < filled, other=0))
+                    position = tl.load(slot_positions + seen, mask=seen < filled, other=0)
+                    hash_of_slot = spread(position)
                 mean, top, total, noisy_top, noisy_total = _add(
                     mean,
                     top,
@@ -230,7 +234,7 @@ def _attend(
         mean = mean / total[:, None]
 
     dim = tl.arange(0, DIM_BLOCK)
-    at = output + (batch.to(tl.int64) * queries + asked[:, None]) * HEADS * HEAD_DIM
+    at = output + (batch * queries + asked[:, None]) * HEADS * HEAD_DIM
     mask = in_prompt[:, None] & (dim < HEAD_DIM)[None, :]
     tl.store(at + head * HEAD_DIM + dim[None, :], mean, mask=mask)
     if SCORED:
@@ -243,7 +247,7 @@ def _attend(
         last = tl.load(columns + 3 * batches + batch).to(tl.int32)
         log -= log_factor + (last - asked).to(tl.float32) * log_forgetting
         log = tl.where((asked >= first) & (asked <= last), log, float("inf"))
-        at = tl.program_id(1) * padded + asked
+        at = query_head * padded + asked
         tl.store(normal + at, log)
         if NOISE != "none":
             tl.store(hashes + at, rows.to(tl.int32, bitcast=True))
@@ -266,6 +270,8 @@ def _score(
     key_stride_batch,
     key_stride_head,
     key_stride,
+    position_stride_batch,
+    position_stride_head,
     place_stride_batch,
     place_stride_head,
     score_stride,
@@ -285,19 +291,22 @@ def _score(
     NOISE: tl.constexpr,
 ):
     """The scores that all queries together give to KEY_BLOCK keys of a key/value head."""
-    start = tl.program_id(0) * KEY_BLOCK
-    batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    blocks = tl.cdiv(keys, KEY_BLOCK)
+    start = tl.program_id(0) % blocks * KEY_BLOCK
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
+    batch, kv_head = pair // KV_HEADS, pair % KV_HEADS
     seen = start + tl.arange(0, KEY_BLOCK)
-    query += batch.to(tl.int64) * query_stride_batch
-    key += batch.to(tl.int64) * key_stride_batch + kv_head * key_stride_head
-    at = batch * place_stride_batch + kv_head * place_stride_head + seen
-    place = tl.load(key_places + at, mask=seen < keys, other=-1).to(tl.int32)
+    query += batch * query_stride_batch
+    key += batch * key_stride_batch + kv_head * key_stride_head
+    key_places += batch * place_stride_batch + kv_head * place_stride_head
+    key_positions += batch * position_stride_batch + kv_head * position_stride_head
+    place = tl.load(key_places + seen, mask=seen < keys, other=-1).to(tl.int32)
     hash_of_key = tl.zeros([KEY_BLOCK], tl.uint32)
     if NOISE != "none":
-        hash_of_key = spread(tl.load(key_positions + at, mask=seen < keys, other=0))
+        hash_of_key = spread(tl.load(key_positions + seen, mask=seen < keys, other=0))
     here = tl.max(place, axis=0)
     given = tl.zeros([KEY_BLOCK], tl.float32)
-    batches = tl.num_programs(1) // KV_HEADS
+    batches = tl.num_programs(0) // blocks // KV_HEADS
     first_column = tl.load(columns + batch).to(tl.int32)
     to_place = tl.load(columns + 2 * batches + batch).to(tl.int32) - first_column
     first = first_column // QUERY_BLOCK * QUERY_BLOCK
@@ -340,7 +349,7 @@ def _score(
                     rows = tl.load(hashes + of_head + block + column).to(tl.uint32, bitcast=True)
                     logits += zeta(rows[None, :], hash_of_key[:, None], NOISE) * sharpness
                 given += tl.sum(tl.exp2(logits - log[None, :]), axis=1)
-    at = scores + tl.program_id(1).to(tl.int64) * score_stride + seen
+    at = scores + pair * score_stride + seen
     tl.store(at, given, mask=seen < keys)
 
 
@@ -364,6 +373,14 @@ def attention(
     scorer: Scorer | None = None,
 ) -> Attended:
     """attention.attention, without the weights; filled slots come before empty ones."""
+    query, alibi_slopes = readable(query), readable_slopes(alibi_slopes)
+    new = Tokens(*map(readable, (new.keys, new.values, new.positions, new.places)))
+    slots = Tokens(
+        slots.keys.contiguous(),
+        slots.values.contiguous(),
+        slots.positions.contiguous(),
+        slots.places.contiguous(),
+    )
     batch, heads, queries, head_dim = query.shape
     kv_heads, held = slots.positions.shape[1:]
     dim_block = max(16, triton.next_power_of_2(head_dim))
@@ -383,7 +400,8 @@ def attention(
         "ALIBI": alibi_slopes is not None,
         "NOISE": noise,
     }
-    _attend[(padded // long, batch * heads)](
+    # One dimension: the others of a grid end at 65535 programs.
+    _attend[(padded // long * batch * heads,)](
         query,
         new.keys,
         new.values,
@@ -426,7 +444,7 @@ def attention(
             keys = tokens.keys.shape[2]
             if not keys:
                 continue
-            _score[(triton.cdiv(keys, long), batch * kv_heads)](
+            _score[(triton.cdiv(keys, long) * batch * kv_heads,)](
                 query,
                 tokens.keys,
                 tokens.positions,
@@ -438,6 +456,7 @@ def attention(
                 scores[..., at:],
                 *query.stride()[:3],
                 *tokens.keys.stride()[:3],
+                *tokens.positions.stride()[:2],
                 *tokens.places.stride()[:2],
                 held + queries,
                 queries,

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from keyformer.kernels.tiles import make_writable
+
 if TYPE_CHECKING:
     from keyformer.cache import KeyformerLayer
 
@@ -101,6 +103,8 @@ def take(layers: Sequence[KeyformerLayer], parents: Tensor, shared: Tensor) -> N
     shared
         (batch, batch) int64: see :class:`keyformer.text.Text`.
     """
+    for layer in layers:
+        make_writable(layer)
     tensors = [getattr(layer, name) for layer in layers for name in layer._per_slot]
     batch, kv_heads, slots, row = layers[0].keys.shape
     groups = layers[0].key_scales.shape[-1]
@@ -110,8 +114,8 @@ def take(layers: Sequence[KeyformerLayer], parents: Tensor, shared: Tensor) -> N
     _take[(triton.cdiv(slots, block), kv_heads, len(layers))](
         *tensors[: len(layers[0]._per_slot)],
         _table(tuple(tensor.data_ptr() for tensor in tensors), parents.device),
-        parents,
-        shared,
+        parents.contiguous(),
+        shared.contiguous(),
         batch,
         slots,
         KV_HEADS=kv_heads,

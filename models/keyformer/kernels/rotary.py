@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from keyformer.kernels.tiles import readable
+
 
 @triton.jit
 def _rotate(
@@ -54,7 +56,7 @@ def rotate_neighbours(vectors: Tensor, table: Tensor, places: Tensor) -> Tensor:
     Parameters
     ----------
     vectors
-        (batch, heads, tokens, head_dim), their elements side by side.
+        (batch, heads, tokens, head_dim).
     table
         (places, rotary_dim), floating: the sines of each place and then its cosines.
     places
@@ -65,6 +67,7 @@ def rotate_neighbours(vectors: Tensor, table: Tensor, places: Tensor) -> Tensor:
     Tensor
         Of the shape and dtype of ``vectors``, contiguous.
     """
+    vectors, table = readable(vectors), table.contiguous()
     batch, heads, tokens, head_dim = vectors.shape
     output = torch.empty(vectors.shape, dtype=vectors.dtype, device=vectors.device)
     rows = batch * heads * tokens

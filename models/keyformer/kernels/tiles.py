@@ -1,14 +1,58 @@
-"""What the kernels share: a tile of vectors out of memory, as they are or quantized."""
+"""What the kernels share: tensors laid out as they read them, and tiles of vectors out of those.
+
+A program's own vectors may begin anywhere in a tensor, so what leads to them is counted in 64
+bits; within a tile 32 are enough, and faster.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from keyformer import attention
 
+if TYPE_CHECKING:
+    from keyformer.cache import KeyformerLayer
+
 HIDDEN = tl.constexpr(attention.HIDDEN)
 """The logit of a key that is not there: finite, so that no difference of two is NaN."""
+
+FARTHEST = 2**24
+"""Elements from one vector to the next up to which a tile's offsets have 32 bits."""
+
+ALIGNED = 16
+"""Bytes that a thread loads at once: slots begin at a multiple."""
+
+
+def readable(vectors: Tensor) -> Tensor:
+    """The same, with the elements of a vector side by side; copied where they are not.
+
+    What the dimensions before the last are apart a kernel is told: sliced and expanded heads,
+    sequences and tokens are read where they are.
+    """
+    if vectors.stride(-1) == 1 and (vectors.ndim < 2 or vectors.stride(-2) < FARTHEST):
+        return vectors
+    return vectors.contiguous()
+
+
+def readable_slopes(slopes: Tensor | None) -> Tensor | None:
+    """ALiBi's slopes as the kernels read them: float32, side by side."""
+    return None if slopes is None else slopes.float().contiguous()
+
+
+def make_writable(layer: KeyformerLayer) -> None:
+    """Lay out the slots of a layer as the kernels that write them in place count on.
+
+    Its own operations leave them so; this is for slots that somebody else has put there.
+    """
+    for name in layer._per_slot:
+        slots = getattr(layer, name)
+        if not slots.is_contiguous() or slots.data_ptr() % ALIGNED:
+            setattr(layer, name, slots.clone(memory_format=torch.contiguous_format))
 
 
 @triton.jit
@@ -52,10 +96,13 @@ def slot_tile(
     if KIND == "auto":
         return tile(elements, start, end, HEAD_DIM, HEAD_DIM, DIM_BLOCK, BLOCK, True)
     else:
-        slot, dim = start + tl.arange(0, BLOCK), tl.arange(0, DIM_BLOCK)
-        filled = slot < end
+        slot, dim = tl.arange(0, BLOCK), tl.arange(0, DIM_BLOCK)
+        filled = start + slot < end
+        first = tl.cast(start, tl.int64)
+        scales += first * GROUPS
         there = filled[:, None] & (dim < HEAD_DIM)[None, :]
         if KIND != "int4":
+            elements += first * HEAD_DIM
             raw = tl.load(elements + slot[:, None] * HEAD_DIM + dim[None, :], mask=there, other=0)
             if KIND == "float8":
                 # E4M3's exponent is 120 less than that of float32 with the same bits.
@@ -67,6 +114,7 @@ def slot_tile(
             scale = tl.load(scales + slot, mask=filled, other=0.0)[:, None].to(tl.float32)
             return (value * scale).to(dtype)
         elif HEAD_DIM == DIM_BLOCK:
+            elements += first * (HEAD_DIM // 2)
             half = tl.arange(0, HEAD_DIM // 2)
             at = elements + slot[:, None] * (HEAD_DIM // 2) + half[None, :]
             raw = tl.load(at, mask=filled[:, None], other=0)
@@ -77,6 +125,7 @@ def slot_tile(
             return tl.reshape(value * scale[:, :, None], [BLOCK, HEAD_DIM]).to(dtype)
         else:
             row: tl.constexpr = HEAD_DIM // 2
+            elements += first * row
             raw = tl.load(elements + slot[:, None] * row + (dim % row)[None, :], there, other=0)
             value = ((raw.to(tl.int32) >> (dim // row * 4)[None, :]) & 15) - 8
             group = dim // (HEAD_DIM // GROUPS)
