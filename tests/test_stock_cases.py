@@ -36,8 +36,10 @@ from transformers.utils import logging
 
 from keyformer import InputError, KeyformerCache
 
-CASES = int(os.environ.get("KEYFORMER_CASES", "2280"))
+CASES = int(os.environ.get("KEYFORMER_CASES", "2014"))
 """How many cases all families have together."""
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 Mask = tuple[str, ...]
 

@@ -94,8 +94,8 @@ def attention(
     """Attend from new tokens to cached slots and, causally, to each other.
 
     The output uses the plain softmax of x (Eq. 4); noise and temperature touch only the
-    scores. A key is seen by every query at its own or a later place. Padding queries
-    (place -1) get an arbitrary output and give no score.
+    scores. A key is seen by every query at its own or a later place. Padding queries see
+    what the last token before them does, unless they have a place, and give no score.
 
     Parameters
     ----------
@@ -129,6 +129,10 @@ def attention(
     output = torch.empty_like(query)
     weights = []
     last = new.positions[:, 0].amax(dim=-1)
+    # Padding without a place of its own asks from that of the last token before it.
+    asked = new.places[:, 0].cummax(dim=-1).values
+    if held:
+        asked = torch.where(asked < 0, slots.places[:, 0].amax(dim=-1, keepdim=True), asked)
     chunk_elements = CHUNK_ELEMENTS["cpu" if query.device.type == "cpu" else "gpu"]
     reach = queries if window is None else min(queries, 2 * window)
     chunk = max(1, chunk_elements // (batch * heads * (held + reach)))
@@ -138,8 +142,9 @@ def attention(
         first = 0 if window is None else max(0, start + 1 - window)
         seen = new[first:end]
         asker = query[:, :, :, start:end].flatten(2, 3)
-        asked_from = new.places[:, 0, start:end]
+        asked_from = asked[:, start:end]
         places = torch.cat([slots.places, seen.places], dim=-1)
+        known = torch.cat([slots.positions, seen.positions], dim=-1)
 
         # Two products instead of one over joined keys: joining would copy the whole cache.
         logits = torch.cat([asker @ t.keys.transpose(2, 3) for t in (slots, seen)], dim=-1)
@@ -149,7 +154,7 @@ def attention(
         distance = places[:, :, None, None, :] - asked_from[:, None, None, :, None]
         if alibi_slopes is not None:
             logits = logits + alibi_slopes * distance
-        hidden = (distance > 0) | (places < 0)[:, :, None, None, :]
+        hidden = (distance > 0) | (known < 0)[:, :, None, None, :]
         if window is not None:
             hidden |= distance <= -window
         logits = logits.masked_fill(hidden, HIDDEN)
@@ -160,7 +165,6 @@ def attention(
         output[:, :, :, start:end] = mean.view(batch, kv_heads, group, end - start, head_dim)
         if scorer is not None:
             asked_at = new.positions[:, 0, start:end]
-            known = torch.cat([slots.positions, seen.positions], dim=-1)
             with torch.no_grad():
                 given = scorer(logits, asked_at, known, last)
             scores[..., :held] += given[..., :held]

@@ -116,11 +116,21 @@ class KeyformerLayer(CacheLayerMixin):
         self.length = text.length
         if text.columns.changed:
             self._hide()
+        places, columns = self._places(text.positions, text.places), text.columns
+        if self._counts_columns and columns.length == text.length:  # of no part of a prompt
+            own = torch.arange(text.length - key.shape[2], text.length, device=self.device)
+            places = torch.where(places < 0, own, places)
         positions, places = (
-            numbers[:, None].expand(key.shape[:3])
-            for numbers in (text.positions, self._places(text.positions, text.places))
+            numbers[:, None].expand(key.shape[:3]) for numbers in (text.positions, places)
         )
         return Tokens(key, value, positions, places)
+
+    @property
+    def _counts_columns(self) -> bool:
+        """Whether padding counts for how far the model's window reaches, as in transformers."""
+        columns = self.text.columns
+        plain = columns.even and columns.ends_real
+        return self.window is not None and self.config.never_evicts and not plain
 
     def _places(self, positions: Tensor, otherwise: Tensor) -> Tensor:
         """Where tokens at positions (batch, ...) stand for ALiBi and the model's window.
@@ -131,7 +141,7 @@ class KeyformerLayer(CacheLayerMixin):
         if self.config.positions == "original":
             if columns.places is not None:
                 return columns.place_of(positions)
-            if self.window is not None and self.config.never_evicts and not columns.even:
+            if self._counts_columns:
                 return columns.of(positions)
         return otherwise
 
@@ -258,6 +268,8 @@ class KeyformerLayer(CacheLayerMixin):
         columns = self.text.columns
         if columns.hides:
             return "one that hides earlier tokens"
+        if prompt and not columns.ends_real:
+            return "one that ends in padding"
         return "one with holes" if prompt and not columns.new_even else None
 
     def _read(

@@ -343,8 +343,9 @@ class KeyformerModelMixin(Patched):
 class KeyformerGenerationMixin(Patched):
     """Placed before a ...ForCausalLM: ``generate`` works on a KeyformerCache.
 
-    It does so whatever ``use_cache`` says: MPT's checkpoints turn it off, and there is
-    nothing to evict without a cache.
+    It does so whatever ``use_cache`` is in the configuration: MPT's checkpoints turn it off, and
+    there is nothing to evict without a cache. Where ``generate`` itself is given
+    ``use_cache=False`` it is transformers' own.
     """
 
     config: Any
@@ -371,10 +372,25 @@ class KeyformerGenerationMixin(Patched):
         finally:
             self.__class__ = ours
 
+    def _prepare_generation_config(
+        self, generation_config: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """transformers' own, with a cache unless the call itself asks for none."""
+        given = kwargs.get("use_cache")  # a checkpoint's generation_config may repeat its config
+        prepared, model_kwargs = super()._prepare_generation_config(  # type: ignore[misc]
+            generation_config, **kwargs
+        )
+        prepared.use_cache = given is not False
+        return prepared, model_kwargs
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
-        generation_config.use_cache = True
+        if not generation_config.use_cache:
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, *args
+            )
+            return
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             # Gemma's checkpoints ask for a hybrid cache, which this is where layers have windows.
@@ -389,10 +405,22 @@ class KeyformerGenerationMixin(Patched):
         if isinstance(cache, KeyformerCache):
             cache.max_new_tokens = generation_config.max_new_tokens
             cache.max_length = generation_config.max_length
-            if GenerationMode.ASSISTED_GENERATION in args:
+            if GenerationMode.ASSISTED_GENERATION in args or generation_config.is_assistant:
                 served.check_taking_back(cache, generation_config.max_length)
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args
+        )
+
+    def _get_candidate_generator(
+        self, generation_config: Any, *args: Any, assistant_model: Any = None, **kwargs: Any
+    ) -> Any:
+        """transformers' own; what an assistant that evicts proposes could not be taken back."""
+        if isinstance(assistant_model, KeyformerGenerationMixin):
+            method = assistant_model.get_decoder().keyformer_config
+            cache = KeyformerCache(assistant_model.config, method)
+            served.check_taking_back(cache, generation_config.max_length)
+        return super()._get_candidate_generator(  # type: ignore[misc]
+            generation_config, *args, assistant_model=assistant_model, **kwargs
         )
 
     def _prefill(
