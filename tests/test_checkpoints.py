@@ -129,8 +129,13 @@ def test_storywriter_options(tmp_path) -> None:
     )
     model, _ = load_model(path, KeyformerConfig.preset("full"), dtype="float32", device="cpu")
     assert model.transformer.blocks[0].attn.clip_qkv == 6.0
-    slopes = model.transformer.build_mpt_alibi_tensor(4, 65536)
-    assert slopes.tolist() == pytest.approx([2**-4, 2**-8, 2**-12, 2**-16])
+    bias = model.transformer.build_mpt_alibi_tensor(4, 65536)  # of each key, as without a cache
+    slopes = [2**-4, 2**-8, 2**-12, 2**-16]
+    assert bias[:, 0, -2].tolist() == pytest.approx([-slope for slope in slopes])
+    inputs = torch.randint(1, 320, (1, 15))
+    with torch.no_grad():
+        logits = [model(inputs, use_cache=use_cache).logits for use_cache in (True, False)]
+    assert torch.allclose(*logits, atol=1e-4)
     attention = {**attention, "alibi_bias_max": 8, "clip_qkv": 0.5}
     path = write_original(tmp_path / "clipped", "mpt", "bin", attn_config=attention)
     model, _ = load_model(path, KeyformerConfig.preset("full"), dtype="float32", device="cpu")

@@ -396,8 +396,8 @@ class KeyformerLayer(CacheLayerMixin):
         """The order in which tokens leave, lowest first: the eviction rule.
 
         Padding and empty slots leave first, then what the model's own window has left behind, then
-        what the attention mask hides, the oldest first; then tokens by score, the younger of two equals first. Sinks and the recent window stay,
-        and key tokens if they are frozen.
+        what the attention mask hides, the oldest first; then tokens by score, the younger of two
+        equals first. Sinks and the recent window stay, and key tokens if they are frozen.
 
         Parameters
         ----------

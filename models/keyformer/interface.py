@@ -32,6 +32,7 @@ from keyformer.modeling import (
 NAME = "keyformer"
 """Of this attention in transformers' interface."""
 
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -163,10 +164,10 @@ class InterfaceModelMixin:
     rotary_emb: nn.Module
     layers_rotate = True
 
-    def _rotation(self, cache: KeyformerCache, position_ids: Tensor) -> ModelRotary | None:
+    def _rotation(self, cache: KeyformerCache, position_ids: Tensor | None) -> Any:
         """What turns new tokens back whose places change; learned positions stay."""
         has_table = self.position_table is not None  # type: ignore[attr-defined]
-        if cache.config.positions == "original" or has_table:
+        if cache.config.positions == "original" or has_table or position_ids is None:
             return None
         return ModelRotary(self.rotary_emb, position_ids)
 

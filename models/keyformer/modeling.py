@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,8 +83,8 @@ class Patched:
         mixins = vars(type(self)).get("keyformer_mixins")
         if mixins is None:
             return super().__reduce_ex__(protocol)
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _unpickled, (stock_class(type(self)), mixins), *state
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _unpickled, (stock_class(type(self)), mixins), *reduced[2:]
 
 
 def stock_class(cls: type) -> type:
@@ -91,8 +92,7 @@ def stock_class(cls: type) -> type:
     return next(c for c in cls.__mro__ if not _is_ours(c))
 
 
-@functools.cache
-def mixed(stock: type[nn.Module], *mixins: type) -> type[nn.Module]:
+def _mixed(stock: type[nn.Module], *mixins: type) -> type[nn.Module]:
     """A subclass with the mixins before it; by name and module it is the same class."""
     return type(
         stock.__name__,
@@ -101,16 +101,21 @@ def mixed(stock: type[nn.Module], *mixins: type) -> type[nn.Module]:
     )
 
 
+mixed: Callable[..., type[nn.Module]] = functools.cache(_mixed)
+
+
 def _unpickled(stock: type[nn.Module], mixins: tuple[type, ...]) -> nn.Module:
     cls = mixed(stock, *mixins)
     return cls.__new__(cls)
 
 
-@functools.cache
-def _argument_names(cls: type) -> tuple[str, ...]:
+def _names(cls: Any) -> tuple[str, ...]:
     """Of transformers' own forward, in the order in which it takes them."""
     names = inspect.signature(stock_class(cls).forward).parameters  # type: ignore[attr-defined]
     return tuple(names)[1:]
+
+
+_argument_names: Callable[[type], tuple[str, ...]] = functools.cache(_names)
 
 
 class KeyformerModelMixin(Patched):
@@ -351,6 +356,11 @@ class KeyformerGenerationMixin(Patched):
     config: Any
     get_decoder: Any
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """By name the class is transformers' own: so it is saved, and known to pipelines."""
+        super().__init_subclass__(**kwargs)
+        cls.__name__ = stock_class(cls).__name__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, with the decode steps of ``generate`` replayed on a GPU."""
         output = None if args else replayed(self, kwargs)  # type: ignore[arg-type]
@@ -362,15 +372,6 @@ class KeyformerGenerationMixin(Patched):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         finally:
             LAST_OUTPUTS.reset(last)
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, which writes its class's name into the configuration."""
-        ours = type(self)
-        self.__class__ = stock_class(ours)
-        try:
-            return self.save_pretrained(*args, **kwargs)
-        finally:
-            self.__class__ = ours
 
     def _prepare_generation_config(
         self, generation_config: Any, **kwargs: Any
@@ -424,7 +425,12 @@ class KeyformerGenerationMixin(Patched):
         )
 
     def _prefill(
-        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args, **kwargs
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args,
+        **kwargs,
     ) -> Any:
         """The prompt; where transformers cuts it up, budgets are still those of the whole."""
         cache, mask = (model_kwargs.get(name) for name in ("past_key_values", "attention_mask"))
@@ -484,7 +490,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _is_ours(cls: type) -> bool:
-    """Whether a class is of this package, of one of the patched models' or made by :func:`mixed`."""
+    """Whether a class is of this package or a patched model's, or was made by :func:`mixed`."""
     return "keyformer_mixins" in vars(cls) or cls.__module__.split(".")[0].endswith("keyformer")
 
 

@@ -127,9 +127,7 @@ def check_call(model: Any, cache: KeyformerCache, inputs: dict[str, Any]) -> Non
             " other masks are for calls with use_cache=False"
         )
     if text.length and len(text.seen) != len(tokens):
-        raise InputError(
-            f"the cache holds {len(text.seen)} sequences and {len(tokens)} were given"
-        )
+        raise InputError(f"the cache holds {len(text.seen)} sequences and {len(tokens)} were given")
     for name in OTHER_INPUTS:
         if inputs.get(name) is not None:
             raise InputError(f"{name} cannot be combined with a KeyformerCache")
@@ -259,7 +257,8 @@ def check_layers(model: nn.Module, cache: KeyformerCache) -> None:
 
 def fed(inputs: dict[str, Any]) -> Tensor:
     """What is fed: (batch, tokens) int64 or, already embedded, (batch, tokens, hidden)."""
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    ids: Any = inputs.get("input_ids")
+    embeds: Any = inputs.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     return embeds if ids is None else ids

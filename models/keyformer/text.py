@@ -11,7 +11,6 @@ from torch import Tensor
 
 from keyformer.config import InputError, KeyformerConfig
 
-
 NO_MASK = (
     "attention_mask is not given though earlier columns were padding: they stay hidden, which"
     " transformers' own caches do not promise"

@@ -1,0 +1,537 @@
+"""What users of transformers do with a model that evicts: stock's value, or one line that says why.
+
+Each test is named for the fault that it keeps away; generated cases are in test_stock_cases.py,
+generate's outputs and training in test_transformers_own.py, the kernels' in test_kernels.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_stock
+from families import small_model
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
+
+import keyformer.replay
+from keyformer import InputError, KeyformerCache, KeyformerConfig, disable_keyformer
+from keyformer import enable_keyformer as enable
+from keyformer.interface import LayerConfig
+
+FULL = KeyformerConfig.preset("full")
+HALF = KeyformerConfig.preset("h2o", kv_cache=50)
+NAMES = ("llama", "mistral window", "gemma3_text", "gpt_neox", "opt", "falcon", "bloom")
+PAPERS = ("mpt", "gptj", "cerebras")
+
+
+def small(name: str, **changes: Any) -> PreTrainedModel:
+    """transformers' own model, small and random; of a family or one of the paper's."""
+    return small_stock(name, **changes) if name in PAPERS else small_model(name, **changes)
+
+
+@pytest.fixture(scope="module", params=[*NAMES, *PAPERS])
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def stock(name) -> PreTrainedModel:
+    return small(name)
+
+
+@pytest.fixture
+def text() -> Tensor:
+    """Two sequences of 24 tokens."""
+    return torch.randint(2, 61, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+def one_line(error: pytest.ExceptionInfo) -> None:
+    assert len(str(error.value).splitlines()) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a1_attention_switched_after_enabling(text, implementation: str) -> None:
+    """Still evicts, and is still causal."""
+    stock = small("llama")
+    model = enable(copy.deepcopy(stock), HALF)
+    model.set_attn_implementation(implementation)
+    stock.set_attn_implementation(implementation)
+    got = model(text)
+    assert torch.allclose(got.logits, stock(text).logits, atol=1e-4)
+    assert got.past_key_values.layers[0].keys.shape[2] == 12
+    without = model(text, use_cache=False).logits
+    assert torch.allclose(without, stock(text).logits, atol=1e-4)
+    assert model.config._attn_implementation == implementation
+    assert disable_keyformer(model).config._attn_implementation == implementation
+
+
+@torch.no_grad()
+def test_a1_a_layer_that_no_longer_reaches_the_cache_is_refused(text) -> None:
+    model = enable(small("llama"), HALF)
+    attention = model.model.layers[1].self_attn
+    assert isinstance(attention.config, LayerConfig)
+    attention.config = model.config
+    with pytest.raises((InputError, TypeError)) as error:
+        model(text)
+    one_line(error)
+
+
+def chat(model: PreTrainedModel, cache: Any, text: Tensor) -> Tensor:
+    """A batched chat: row 1's reply ended early, and turn 2 masks what followed it."""
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[1, 10:16] = 0
+    model(text[:, :12], past_key_values=cache)
+    for end in range(13, 17):
+        mask_then = torch.ones(2, end, dtype=torch.int64)
+        model(text[:, end - 1 : end], past_key_values=cache, attention_mask=mask_then)
+    return model(text[:, 16:], past_key_values=cache, attention_mask=mask).logits
+
+
+@torch.no_grad()
+def test_a2_masks_over_the_past(stock, name, text) -> None:
+    expected = chat(stock, DynamicCache(config=stock.config), text)
+    model = enable(copy.deepcopy(stock), FULL)
+    got = chat(model, KeyformerCache(model.config, FULL), text)
+    assert torch.allclose(got, expected, atol=2e-4)
+
+
+@torch.no_grad()
+def test_a2_hidden_tokens_are_the_first_to_leave(text) -> None:
+    """Under eviction: hidden at once, and gone before any token that is seen."""
+    model = enable(small("llama"), FULL)
+    cache = KeyformerCache(model.config, KeyformerConfig.preset("h2o", kv_budget=20))
+    model(text[:, :16], past_key_values=cache)
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[1, 3:9] = 0
+    model(text[:, 16:20], past_key_values=cache, attention_mask=mask)
+    for layer in cache.layers:
+        seen = layer.positions[1, 0][layer.positions[1, 0] >= 0]
+        assert not set(range(3, 9)) & set(seen.tolist())
+        assert (layer.positions[0] >= 0).all()
+    mask = torch.nn.functional.pad(mask, (0, 4), value=1)
+    model(text[:, 20:], past_key_values=cache, attention_mask=mask)
+    for layer in cache.layers:
+        seen = layer.positions[1][layer.positions[1] >= 0].view(2, -1)
+        assert (seen.sort().values == torch.tensor([0, 1, 2, *range(9, 24)])).all()
+        assert (layer.positions[0] >= 0).all()  # row 0 hides nothing and keeps 20
+
+
+@torch.no_grad()
+def test_a2_shown_again(text) -> None:
+    """What one mask hides and the next shows is back, under method full."""
+    stock = small("llama")
+    model = enable(copy.deepcopy(stock), FULL)
+    logits = []
+    for one, cache in ((stock, DynamicCache(config=stock.config)), (model, None)):
+        mask = torch.ones(2, 24, dtype=torch.int64)
+        cache = cache or KeyformerCache(model.config, FULL)
+        one(text[:, :12], past_key_values=cache)
+        hiding = mask.clone()
+        hiding[:, 2:9] = 0
+        one(text[:, 12:16], past_key_values=cache, attention_mask=hiding[:, :16])
+        logits.append(one(text[:, 16:], past_key_values=cache, attention_mask=mask).logits)
+    assert torch.allclose(*logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a2_padding_is_never_shown(text) -> None:
+    model = enable(small("llama"), FULL)
+    cache = KeyformerCache(model.config, FULL)
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[0, :4] = 0
+    model(text[:, :20], past_key_values=cache, attention_mask=mask[:, :20])
+    with pytest.raises(InputError, match="padding") as error:
+        model(text[:, 20:], past_key_values=cache, attention_mask=torch.ones_like(mask))
+    one_line(error)
+    with pytest.warns(UserWarning, match="attention_mask is not given"):
+        got = model(text[:, 20:], past_key_values=copy.deepcopy(cache)).logits
+    again = model(text[:, 20:], past_key_values=cache, attention_mask=mask).logits
+    assert torch.allclose(got, again)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1, 24), (2, 30)])
+def test_a2_masks_of_another_shape_are_refused(text, shape) -> None:
+    model = enable(small("llama"), FULL)
+    with pytest.raises(InputError, match=r"attention_mask must have shape \(2, 24\)") as error:
+        model(text, attention_mask=torch.ones(shape))
+    one_line(error)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_a3_prefill_chunk_size(name, stock, text, padded: bool) -> None:
+    """transformers' own chunks keep as much of the whole prompt as this project's do."""
+    mask = torch.ones_like(text)
+    if padded:
+        mask[0, :9] = 0
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "return_dict_in_generate": True}
+    kept = []
+    for chunks, config in (
+        ({"prefill_chunk_size": 8}, HALF),
+        ({}, KeyformerConfig.preset("h2o", kv_cache=50, prefill_chunk=8)),
+    ):
+        model = enable(copy.deepcopy(stock), config)
+        output = model.generate(text, attention_mask=mask, **options, **chunks)
+        kept.append((output.sequences, output.past_key_values.text.budget.tolist()))
+    budgets = [15 // 2, 12] if padded else [12, 12]
+    limit = 15 if name == "mistral window" else 24
+    assert kept[0][1] == kept[1][1] == [min(k, limit) for k in budgets]
+    if not padded:
+        assert torch.equal(kept[0][0], kept[1][0])
+
+
+@torch.no_grad()
+def test_a4_position_ids(stock, name, text) -> None:
+    """Packed sequences do not see each other, and positions need not count up by one."""
+    if name in ("mpt", "bloom"):
+        pytest.skip("its forward takes no position_ids")
+    model = enable(copy.deepcopy(stock), FULL)
+    packed = torch.tensor([[*range(10), *range(14)]]).expand(2, -1)
+    spread = (torch.arange(24) * 3 + 2)[None].expand(2, -1)
+    for options in (
+        {"position_ids": packed, "use_cache": False},
+        {"position_ids": packed, "use_cache": True},
+        {"position_ids": spread},
+    ):
+        assert torch.allclose(
+            model(text, **options).logits, stock(text, **options).logits, atol=2e-4
+        )
+
+
+@torch.no_grad()
+def test_a4_places_that_cannot_be_given_are_refused(text) -> None:
+    model = enable(small("llama"), KeyformerConfig(positions="new"))
+    with pytest.raises(InputError, match="position_ids") as error:
+        model(text, position_ids=torch.tensor([[*range(10), *range(14)]]).expand(2, -1))
+    one_line(error)
+
+
+@pytest.mark.parametrize("config", [FULL, HALF], ids=["full", "h2o"])
+def test_a5_gradient_checkpointing(name, text, config) -> None:
+    """As a trainer calls it: with whatever cache the configuration asks for."""
+    gradients = []
+    for evicts in (False, True):
+        model = small(name, attention_dropout=0.0, hidden_dropout=0.0, dropout=0.0)
+        model = enable(model, config) if evicts else model
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(text, labels=text).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("gpt2", {"attn_pdrop": 0.9}),
+        ("gpt2", {"resid_pdrop": 0.9, "attn_pdrop": 0.0}),
+        ("llama", {"attention_dropout": 0.9}),
+        ("bloom", {"attention_dropout": 0.9}),
+        ("falcon alibi", {"attention_dropout": 0.9}),
+    ],
+)
+def test_a6_dropout_is_applied_in_training(name: str, rates, text) -> None:
+    """The same as stock's, drawn with the same seed; with a cache of this kind it is refused."""
+    stock = small(name, **rates)
+    model = enable(copy.deepcopy(stock), FULL)
+    logits = []
+    for one in (stock, model):
+        one.train()
+        torch.manual_seed(5)
+        logits.append(one(text).logits)
+    assert torch.allclose(*logits, atol=1e-3)
+    assert not torch.allclose(logits[0], stock.eval()(text).logits, atol=1e-2)
+    cache = KeyformerCache(model.config, FULL)
+    if "resid_pdrop" in rates:
+        torch.manual_seed(5)
+        dropped = model(text, past_key_values=cache).logits
+        assert not torch.allclose(dropped, model.eval()(text).logits, atol=1e-2)
+    else:
+        with pytest.raises(InputError, match="dropout") as error:
+            model(text, past_key_values=cache)
+        one_line(error)
+
+
+@torch.no_grad()
+def test_a7_prompt_lookup_under_full(stock, name, text) -> None:
+    if name in ("mistral window", "gemma3_text"):
+        pytest.skip("layers with a window cannot take tokens back, in transformers either")
+    options = {"max_new_tokens": 12, "prompt_lookup_num_tokens": 3, "do_sample": False}
+    prompt = torch.cat([text[:1, :8]] * 3, dim=1)
+    got = enable(copy.deepcopy(stock), FULL).generate(prompt, **options)
+    assert torch.equal(got, stock.generate(prompt, **options))
+
+
+@torch.no_grad()
+def test_a7_cropped_caches_go_on(text) -> None:
+    """Tokens that were taken back leave no trace; what has been evicted cannot come back."""
+    model = enable(small("llama"), FULL)
+    cache, expected = (KeyformerCache(model.config, FULL) for _ in range(2))
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[0, :5] = 0
+    for one, end in ((cache, 18), (expected, 14)):
+        model(text[:, :end], past_key_values=one, attention_mask=mask[:, :end])
+    cache.crop(-4)
+    assert cache.get_seq_length() == 14
+    logits = [
+        model(text[:, 14:], past_key_values=one, attention_mask=mask).logits
+        for one in (cache, expected)
+    ]
+    assert torch.allclose(*logits, atol=1e-5)
+    evicted = KeyformerCache(model.config, HALF)
+    model(text, past_key_values=evicted)
+    with pytest.raises(InputError, match="evicted"):
+        evicted.crop(-1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a8_weights_of_an_evicting_method_are_by_column(text, dtype) -> None:
+    """Zero where a token was evicted, and the rest adds up to one."""
+    model = enable(small("llama").to(dtype), HALF)
+    output = model.generate(
+        text, max_new_tokens=4, output_attentions=True, return_dict_in_generate=True
+    )
+    for step, layers in enumerate(output.attentions):
+        for weights in layers:
+            assert weights.dtype == dtype
+            assert weights.shape == ((2, 4, 24, 24) if not step else (2, 4, 1, 24 + step))
+            assert torch.allclose(
+                weights.float().sum(-1), torch.ones(()), atol=1e-5 if dtype.itemsize == 4 else 0.02
+            )
+            assert not step or (weights > 0).sum(-1).max() <= 13
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gptj", "cerebras"])
+def test_a9_token_type_ids(name: str, text) -> None:
+    stock = small(name)
+    kinds = {"token_type_ids": text % 5, "max_new_tokens": 6}
+    got = enable(copy.deepcopy(stock), FULL).generate(text, **kinds)
+    assert torch.equal(got, stock.generate(text, **kinds))
+    assert not torch.equal(got, stock.generate(text, max_new_tokens=6))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["pickle", "torch.save", "deepcopy"])
+def test_a10_pickled(name, stock, text, how: str) -> None:
+    model = enable(copy.deepcopy(stock), HALF)
+    expected = model.generate(text, max_new_tokens=8)
+    if how == "pickle":
+        again = pickle.loads(pickle.dumps(model))
+    elif how == "deepcopy":
+        again = copy.deepcopy(model)
+    else:
+        torch.save(model, file := io.BytesIO())
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+    assert torch.equal(again.generate(text, max_new_tokens=8), expected)
+    assert type(again) is type(model)
+    assert torch.equal(
+        disable_keyformer(again).generate(text, max_new_tokens=8),
+        stock.generate(text, max_new_tokens=8),
+    )
+
+
+def test_a11_saved_under_the_stock_models_name(stock, tmp_path) -> None:
+    model = enable(copy.deepcopy(stock), HALF)
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).architectures == [type(stock).__name__]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(stock)
+    assert model.get_decoder().keyformer_config == HALF  # and goes on as it was
+    assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+class Changed(LlamaAttention):
+    """An attention that has all the marks of one that is served, and attends otherwise."""
+
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values=None,
+        **kw,
+    ):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            project(hidden_states).view(shape).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output, weights = self.attend(query, key, value, attention_mask, kw)
+        return self.o_proj(output.flatten(2)), weights
+
+
+class TwoHeadsDifference(Changed):
+    def attend(self, query, key, value, mask, kw):
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        halves = value.chunk(2, dim=1)
+        return function(
+            self, query, key, torch.cat([halves[1], halves[0]], dim=1), mask, scaling=1.0, **kw
+        )
+
+
+class ThirdTensor(Changed):
+    def attend(self, query, key, value, mask, kw):
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return function(self, query, key, value, mask, scaling=1.0, gate=query.sigmoid(), **kw)
+
+
+class OwnProduct(Changed):
+    def attend(self, query, key, value, mask, kw):
+        return torch.softmax(query @ query.transpose(2, 3), -1) @ query, None
+
+
+@pytest.mark.parametrize("attention", [TwoHeadsDifference, ThirdTensor, OwnProduct])
+def test_a12_models_with_another_attention_are_refused(attention, text) -> None:
+    """When they are enabled, with the reason, and left as they were."""
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn = attention(config, number)
+    config.model_type = "unheard of"
+    with pytest.raises(InputError, match="not supported") as error:
+        enable(model, FULL)
+    one_line(error)
+    assert type(model) is LlamaForCausalLM
+    assert all(layer.self_attn.config is config for layer in model.model.layers)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["diffllama", "doge", "cohere", "olmo2", "stablelm", "phi", "starcoder2", "granite", "mixtral"],
+)
+def test_a12_models_of_transformers_that_are_none_of_these(kind: str) -> None:
+    """Either method full gives the stock model's logits, or one line says why not."""
+    config = AutoConfig.for_model(
+        kind, vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    stock = AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.randint(2, 61, (2, 9))
+    try:
+        model = enable(copy.deepcopy(stock), FULL)
+    except InputError as error:
+        assert len(str(error).splitlines()) == 1
+        return
+    with torch.no_grad():
+        assert torch.allclose(model(tokens).logits, stock(tokens).logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a16_use_cache_is_kept(stock, text) -> None:
+    """What the user has set counts for forward calls; generate uses a cache unless told not to."""
+    model = copy.deepcopy(stock)
+    model.config.use_cache = False
+    enable(model, HALF)
+    assert model.config.use_cache is False
+    assert model(text).past_key_values is None
+    output = model.generate(text, max_new_tokens=2, return_dict_in_generate=True)
+    assert isinstance(output.past_key_values, KeyformerCache)
+    options = {"max_new_tokens": 6, "use_cache": False}
+    assert torch.equal(model.generate(text, **options), stock.generate(text, **options))
+    assert disable_keyformer(model).config.use_cache is False
+
+
+@torch.no_grad()
+def test_a17_the_decoder_alone_gives_all_hidden_states(stock, text) -> None:
+    """After a call that asked for the last logits alone, and on the same cache."""
+    model = enable(copy.deepcopy(stock), KeyformerConfig.preset("full", prefill_chunk=5))
+    cache = KeyformerCache(model.config, model.get_decoder().keyformer_config)
+    assert model(text[:, :12], past_key_values=cache, logits_to_keep=1).logits.shape[1] == 1
+    hidden = model.get_decoder()(text[:, 12:], past_key_values=cache).last_hidden_state
+    assert hidden.shape[1] == 12
+
+
+@torch.no_grad()
+def test_positional_arguments_are_transformers_own(stock, text) -> None:
+    """In the order of the model's own forward, as without Keyformer."""
+    import inspect
+
+    mask = torch.ones_like(text)
+    mask[0, :6] = 0
+    given = {"input_ids": text, "attention_mask": mask}
+    order = list(inspect.signature(type(stock.get_decoder()).forward).parameters)[1:4]
+    arguments = [given.get(name) for name in order]
+    model = enable(copy.deepcopy(stock), FULL)
+    for one, other in ((stock, model), (stock.get_decoder(), model.get_decoder())):
+        expected, got = one(*arguments)[0], other(*arguments)[0]
+        real = mask.bool()
+        assert torch.allclose(got[real], expected[real], atol=2e-4)
+
+
+class Graph(nn.Module):
+    """A small model with what changes what a forward computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self._active_adapter = ["one"]
+
+
+CHANGES = {
+    "a hook": lambda m: m.linear.register_forward_hook(lambda *_: None),
+    "a hook on all modules": lambda m: nn.modules.module.register_module_forward_hook(
+        lambda *_: None
+    ),
+    "an adapter": lambda m: m.__setattr__("_active_adapter", ["two"]),
+    "a setting": lambda m: m.linear.__setattr__("scaling", {"two": 0.5}),
+    "a weight elsewhere": lambda m: m.linear.__setattr__(
+        "weight", nn.Parameter(m.linear.weight.clone())
+    ),
+    "training": lambda m: m.train(),
+    "another module": lambda m: m.__setattr__("linear", nn.Linear(2, 2)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a20_what_a_captured_step_depends_on(change: str) -> None:
+    """Anything that would give other numbers shows in what a graph is compared with."""
+    model = Graph().eval()
+    before, hooks = keyformer.replay._state(model), keyformer.replay._hooks(model)
+    assert keyformer.replay._state(model) == before and not any(hooks)
+    handle = CHANGES[change](model)
+    changed = keyformer.replay._state(model) != before
+    assert changed or any(hooks)
+    if hasattr(handle, "remove"):
+        handle.remove()
+        assert not any(hooks)
+
+
+def test_a20_autocast_is_another_step() -> None:
+    before = keyformer.replay._modes()
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=True):
+        assert keyformer.replay._modes() != before or not torch.cuda.is_available()
+    with torch.inference_mode():
+        assert keyformer.replay._modes() != before
