@@ -33,7 +33,7 @@ HIDDEN, OUT_OF_WINDOW, NOTHING = -(2**32), -(2**33), -(2**34)
 """The ranks of a token that the attention mask hides, of one that no query can see any more, and
 of none at all, each before its position."""
 
-COUNTS = 4
+COUNTS = 3
 """What the decode kernel's programs count of each head."""
 
 EMPTY = -1
@@ -658,6 +658,9 @@ class KeyformerCache(Cache):
         that was done.
         """
         layer = self.layers[layer_idx]
+        dtype = layer.dtype if layer.is_initialized else value.dtype
+        if not query.dtype == key.dtype == value.dtype == dtype:  # under autocast
+            query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         if layer.length == self.text.length:  # no layer has been given these tokens before
             self._begin(query, real)
         new = layer.place(key, value)

@@ -118,6 +118,19 @@ def _names(cls: Any) -> tuple[str, ...]:
 _argument_names: Callable[[type], tuple[str, ...]] = functools.cache(_names)
 
 
+def position_inputs(model: nn.Module, real: Tensor) -> dict[str, Tensor]:
+    """``position_ids`` of a prompt as ``generate`` gives them, if the model's forward takes any.
+
+    Parameters
+    ----------
+    real
+        (batch, tokens), nonzero for tokens and 0 for padding, which has no place.
+    """
+    if "position_ids" not in _argument_names(type(model)):
+        return {}
+    return {"position_ids": (real.long().cumsum(dim=-1) - 1).clamp(min=0)}
+
+
 class KeyformerModelMixin(Patched):
     """Placed before a base model such as MptModel: gives its layers what eviction needs.
 
@@ -224,12 +237,14 @@ class KeyformerModelMixin(Patched):
     ) -> Tensor | None:
         """Where new tokens stand after those before, (batch, tokens) int64; padding has no place.
 
-        Under method full padding counts, as in transformers, which is told nothing and counts by
-        itself, unless these are ``columns`` (batch, tokens) of a prompt in chunks.
+        Under method full and a mask over all columns, as transformers takes it, padding counts as
+        it does there: the model is told nothing and counts by itself, unless these are
+        ``columns`` (batch, tokens) of a prompt in chunks.
         """
         if not self._takes_positions:
             return None
-        if cache.config.positions == "new" or not cache.config.never_evicts:
+        as_stock = cache.config.never_evicts and cache.columns.whole
+        if cache.config.positions == "new" or not as_stock:
             return cache.next_places(real).clamp(min=0)
         return columns
 

@@ -38,6 +38,8 @@ class Columns:
         Whether it hides others than the mask before.
     new_even
         :attr:`even`, of the columns taken last alone.
+    whole
+        Whether the last mask was one over all columns, as transformers' models take it.
     places
         (batch, length) int64: what ALiBi takes for the place of each column; None where that is
         the token's position and a constant. Whoever knows the model sets it after :meth:`take`.
@@ -55,7 +57,7 @@ class Columns:
         """Forget everything."""
         self.length = 0
         self.padded = self.hides = self.changed = False
-        self.even = self.new_even = self.ends_real = True
+        self.even = self.new_even = self.ends_real = self.whole = True
         # Up to the last column that is none or hidden; all after it are tokens, and shown.
         self.real = self.shown = self.mask = self.places = None
 
@@ -97,6 +99,7 @@ class Columns:
                     f"attention_mask must have shape {allowed}, got {tuple(mask.shape)}"
                 )
             real = mask.to(torch.bool)
+        self.whole = not self.padded or (mask is not None and mask.shape[1] > new)
         shown, real = real[:, :-new], real[:, -new:]
         if self.continued_by(mask):
             self.advance(mask, new)

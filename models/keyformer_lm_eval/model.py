@@ -18,6 +18,7 @@ from tqdm import tqdm
 from keyformer.cache import KeyformerCache
 from keyformer.config import UNLIMITED, InputError, KeyformerConfig
 from keyformer.integration import enable_keyformer, load_model
+from keyformer.modeling import position_inputs
 from keyformer_lm_eval import register
 
 LOGGER = logging.getLogger(__name__)
@@ -165,7 +166,13 @@ class KeyformerLM(HFLM):
         """A batch of prompts: their cache, and the logits (batch, vocabulary) after them."""
         ids, real = self._padded(contexts, side="left")
         cache = KeyformerCache(self.model.config, self.keyformer_config)
-        output = self.model(ids, attention_mask=real, past_key_values=cache, logits_to_keep=1)
+        output = self.model(
+            ids,
+            attention_mask=real,
+            past_key_values=cache,
+            logits_to_keep=1,
+            **position_inputs(self.model, real),
+        )
         return cache, output.logits[:, -1]
 
     def _score(
@@ -188,7 +195,8 @@ class KeyformerLM(HFLM):
                 if going < len(predicted):
                     cache.batch_select_indices(torch.arange(going))
                 fed = tokens[:going, step - 1 : step]
-                predicted = self.model(fed, past_key_values=cache).logits[:, -1]
+                output = self.model(fed, attention_mask=torch.ones_like(fed), past_key_values=cache)
+                predicted = output.logits[:, -1]
             target = tokens[:going, step]
             total[:going] += log_probability(predicted, target)
             greedy[:going] &= predicted.argmax(dim=-1) == target

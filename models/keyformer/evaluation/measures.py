@@ -25,6 +25,7 @@ from keyformer.evaluation.rouge import rouge
 from keyformer.evaluation.run import prompt_room
 from keyformer.evaluation.sweep import Labels, PerItem
 from keyformer.integration import load_model
+from keyformer.modeling import position_inputs
 
 NEGLIGIBLE = 0.01
 """A weight below this share of its query's largest counts as zero (sparsity of Fig. 3a)."""
@@ -183,7 +184,8 @@ class Likelihood(OnItems):
         real = torch.arange(second.shape[1], device=model.device) < lengths[:, None]
         cache = KeyformerCache(model.config, config)
         cache.max_new_tokens = second.shape[1]  # T of Eq. 10
-        logits = model(**first, past_key_values=cache, logits_to_keep=1).logits
+        places = position_inputs(model, first["attention_mask"])
+        logits = model(**first, **places, past_key_values=cache, logits_to_keep=1).logits
         total = torch.zeros(len(halves), device=model.device)
         for step in range(second.shape[1]):
             token = second[:, step]

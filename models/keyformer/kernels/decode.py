@@ -7,10 +7,9 @@ it. It draws the noise while it waits. Where a head has more slots than a progra
 hold, several do it, a range of slots each; the noisy softmax is then left to the parts, and who
 leaves to the last that is done.
 
-CUDA may start programs in another order, and promises that those which run get on, not that
-others start meanwhile. So a program waits only for parts that have started; where one has not, it
-leaves its task to the last part that starts. Parts come first by their ids, since a processor that
-got one more of them than others, by an order of start, would be done last.
+CUDA starts programs in any order and promises nothing to one that has not started. What a
+program does is therefore decided as it starts, by its turn among those of its head: who waits
+does so for earlier turns alone.
 """
 
 from __future__ import annotations
@@ -38,14 +37,8 @@ from keyformer.score import Scorer
 STAYS = tl.constexpr(cache.STAYS)
 """The rank of a token that may not leave."""
 
-COUNTS = tl.constexpr(cache.COUNTS)
-"""Of a head's programs: parts stored, settlers done, parts started, tasks begun."""
-
-LEFT = tl.constexpr(2**16)
-"""What a program that leaves its task to another adds to the number of parts started."""
-
 PATIENCE = tl.constexpr(64)
-"""Looks at that number, each of less than a microsecond, before a program leaves."""
+"""Looks at the others' turns, of less than a microsecond each, before a program takes its own."""
 
 
 @triton.jit
@@ -149,28 +142,24 @@ def _attend(
 
 
 @triton.jit
-def _may_wait(started, parts):
-    """1 if all parts of a head have started; else 0, and the last to start has one task more.
+def _turn(finished, program, parts):
+    """How many programs of this head have had their turn before this one: those that started.
 
-    It looks for a while: where programs start in their order, the last is just about to.
+    By their ids some are meant to wait. They let the others go first, for a while, since a
+    processor that got parts to read in their stead would be the last to be done.
     """
-    allowed, looks = 1, 0
-    while looks < PATIENCE:
-        looks += 1
-        if (tl.atomic_add(started, 0, sem="relaxed") & (LEFT - 1)) == parts:
-            looks = PATIENCE + 1
-    if looks == PATIENCE:
-        before = tl.atomic_add(started, LEFT, sem="relaxed")
-        if (before & (LEFT - 1)) == parts:
-            tl.atomic_add(started, -LEFT, sem="relaxed")
-        else:
-            allowed = 0
-    return allowed
+    if program >= parts:
+        tries = 0
+        while tries < PATIENCE:
+            tries += 1
+            if tl.atomic_add(finished + 2, 0, sem="relaxed") >= parts:
+                tries = PATIENCE
+    return tl.atomic_add(finished + 2, 1, sem="relaxed")
 
 
 @triton.jit
 def _wait(finished, parts):
-    """Until all parts of a head, which have started, are stored."""
+    """Until all parts of a head have been stored; their programs have started."""
     while tl.atomic_add(finished, 0) < parts:
         pass
 
@@ -489,15 +478,15 @@ def _step(
     GROUPS: tl.constexpr,
     GROUPS_BLOCK: tl.constexpr,
     SETTLERS: tl.constexpr,
-    THREADS: tl.constexpr,
 ):
     """Programs of a key/value head: for its parts, for each query head's output, for eviction."""
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     batch, kv_head = pair // KV_HEADS, pair % KV_HEADS
-    part, parts = tl.program_id(1), tl.num_programs(1) - GROUP - SETTLERS
-    finished += COUNTS * pair
+    finished += 3 * pair
     new_position = tl.load(new_positions + batch)
     seen_now, budget = tl.load(seen + batch), tl.load(budgets + batch)
+    parts = tl.num_programs(1) - GROUP - SETTLERS
+    part = _turn(finished, tl.program_id(1), parts)
     heads, first_head = pairs * GROUP, pair * GROUP
     dim = tl.arange(0, DIM_BLOCK)
     held = tl.minimum(seen_now - (new_position >= 0).to(tl.int64), budget).to(tl.int32)
@@ -511,9 +500,6 @@ def _step(
     if SCORED:
         sharpness = 1.0 / tl.load(tau)
     if part < parts:
-        # As a tensor, an element a thread: nobody waits for the answer until it is used.
-        thread = tl.arange(0, THREADS)
-        before = tl.atomic_add(finished + 2 + thread * 0, 1, mask=thread == 0, sem="relaxed")
         group = tl.arange(0, DOT_ROWS)
         place = 0
         if ALIBI:
@@ -574,14 +560,8 @@ def _step(
             tl.store(stats + heads * parts + at, total, mask=members < GROUP)
         tl.debug_barrier()  # all threads have stored: the count tells of it
         tl.atomic_add(finished, 1)
-        before = tl.sum(tl.where(thread == 0, before, 0), axis=0)
-        left = (before >> 16) & (LEFT - 1)
-        tasks = tl.where((before & (LEFT - 1)) == parts - 1, left, 0)
     else:
-        tasks = _may_wait(finished + 2, parts)
-    while tasks > 0:
-        tasks -= 1
-        member = tl.atomic_add(finished + 3, 1, sem="relaxed")
+        member = part - parts
         if member < GROUP:
             _join(
                 query + member.to(tl.int64) * query_stride_head,
@@ -666,7 +646,6 @@ def _step(
         if tl.atomic_add(finished, 1) == parts + GROUP + SETTLERS - 1:
             tl.store(finished, 0)
             tl.store(finished + 2, 0)
-            tl.store(finished + 3, 0)
 
 
 SETTLED = 2048
@@ -849,7 +828,6 @@ def step(
         GROUPS=groups,
         GROUPS_BLOCK=triton.next_power_of_2(max(1, groups)),
         SETTLERS=settlers,
-        THREADS=32 * warps,
         num_warps=warps,
         num_stages=stages,
         maxnreg=REGISTERS // (32 * warps * resident) // 8 * 8,
