@@ -416,6 +416,16 @@ class Recording:
         assert (text.length, text.step) == counted
 
 
+def let_capture(monkeypatch, model, cache) -> None:
+    """Without a GPU: steps are recorded as if they were captured there."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(Recording, "model", model)
+        monkeypatch.setattr(Recording, "cache", cache)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph.capture())
+        monkeypatch.setattr(keyformer.replay, "CAPTURED_ON", ("cpu",))
+
+
 @pytest.mark.parametrize(
     ("arch", "options"), [("mpt", {}), ("mpt", {"num_beams": 2}), ("gptj", {"do_sample": True})]
 )
@@ -431,12 +441,7 @@ def test_replayed_steps_equal_run_ones(monkeypatch, arch: str, options) -> None:
         monkeypatch.setattr(keyformer.replay, "LEAST_STEPS", least)
         model = enable_keyformer(model, config)
         cache = KeyformerCache(model.config, config)
-        if DEVICE == "cpu":
-            monkeypatch.setattr(Recording, "model", model)
-            monkeypatch.setattr(Recording, "cache", cache)
-            monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
-            monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph.capture())
-            monkeypatch.setattr(keyformer.replay, "CAPTURED_ON", ("cpu",))
+        let_capture(monkeypatch, model, cache)
         torch.manual_seed(0)
         text = prompts[0]
         for tokens, prompt in ((6, prompts[1]), (4, prompts[1][:, :0]))[: 3 - beams]:
@@ -446,6 +451,47 @@ def test_replayed_steps_equal_run_ones(monkeypatch, arch: str, options) -> None:
         assert (cache.graph is not None) == (least == 2)
         ends.append((text, cache.layers[0].positions, torch.tensor(cache.get_seq_length())))
     assert all(map(torch.equal, *ends))
+
+
+CHANGES = {
+    "nothing": (1, lambda block: None),
+    "another weight": (
+        2,
+        lambda block: setattr(
+            block.ffn.down_proj, "weight", torch.nn.Parameter(-block.ffn.down_proj.weight)
+        ),
+    ),
+    "a setting": (2, lambda block: setattr(block.attn, "clip_qkv", 0.05)),
+    "a hook": (1, lambda block: block.ffn.register_forward_hook(lambda m, i, output: -output)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a20_a_changed_model_is_captured_anew(monkeypatch, change: str) -> None:
+    """Between two prompts on one cache; with hooks steps are run."""
+    expected_captures, apply = CHANGES[change]
+    config = KeyformerConfig(kv_budget=9, seed=1, backend="triton")
+    prompts = torch.randint(1, 61, (2, 2, 7), generator=torch.Generator().manual_seed(2))
+    prompts = prompts.to(DEVICE)
+    captures: list[int] = []
+    make = keyformer.replay.DecodeGraph.__init__
+    monkeypatch.setattr(
+        keyformer.replay.DecodeGraph,
+        "__init__",
+        lambda *args: (captures.append(1), make(*args))[1],
+    )
+    texts = []
+    for least in (100, 2):
+        monkeypatch.setattr(keyformer.replay, "LEAST_STEPS", least)
+        model = enable_keyformer(small_stock("mpt", layers=1, heads=2).to(DEVICE), config)
+        cache = KeyformerCache(model.config, config)
+        let_capture(monkeypatch, model, cache)
+        chosen = {"past_key_values": cache, "max_new_tokens": 5, "min_new_tokens": 5}
+        text = model.generate(prompts[0], **chosen)
+        apply(model.transformer.blocks[0])
+        texts.append(model.generate(torch.cat([text, prompts[1]], dim=1), **chosen))
+    assert torch.equal(*texts)
+    assert len(captures) == expected_captures
 
 
 def test_a_model_that_cannot_be_captured_is_run(monkeypatch) -> None:
