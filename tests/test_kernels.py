@@ -454,7 +454,6 @@ def test_replayed_steps_equal_run_ones(monkeypatch, arch: str, options) -> None:
 
 
 CHANGES = {
-    "nothing": (1, lambda block: None),
     "another weight": (
         2,
         lambda block: setattr(
