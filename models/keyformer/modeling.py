@@ -243,9 +243,10 @@ class KeyformerModelMixin(Patched):
         """
         if not self._takes_positions:
             return None
-        as_stock = cache.config.never_evicts and cache.columns.whole
-        if cache.config.positions == "new" or not as_stock:
+        as_stock = cache.columns.whole or cache.columns.counted
+        if cache.config.positions == "new" or not (cache.config.never_evicts and as_stock):
             return cache.next_places(real).clamp(min=0)
+        cache.columns.counted = True
         return columns
 
     @property

@@ -40,6 +40,8 @@ class Columns:
         :attr:`even`, of the columns taken last alone.
     whole
         Whether the last mask was one over all columns, as transformers' models take it.
+    counted
+        Whether columns were taken for places, padding too; so it goes on.
     places
         (batch, length) int64: what ALiBi takes for the place of each column; None where that is
         the token's position and a constant. Whoever knows the model sets it after :meth:`take`.
@@ -56,7 +58,7 @@ class Columns:
     def reset(self) -> None:
         """Forget everything."""
         self.length = 0
-        self.padded = self.hides = self.changed = False
+        self.padded = self.hides = self.changed = self.counted = False
         self.even = self.new_even = self.ends_real = self.whole = True
         # Up to the last column that is none or hidden; all after it are tokens, and shown.
         self.real = self.shown = self.mask = self.places = None
