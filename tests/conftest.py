@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; test_downloads has a hub of its own
 
@@ -15,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read on import: kernels run on the CPU, as numpy
 
 import pytest
+from families import small_model
 from originals import ORIGINALS
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -73,6 +75,11 @@ def small_stock(arch: str, layers: int = 2, heads: int = 4, **changes: int) -> P
     dropout = {name: 0.0 for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")}
     config.update({name: value for name, value in dropout.items() if hasattr(config, name)})
     return original.model(config).eval()
+
+
+def small(name: str, **changes: Any) -> PreTrainedModel:
+    """transformers' own model, small and random: one of the paper's, or of a family's."""
+    return (small_stock if name in ORIGINALS else small_model)(name, **changes)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_stock
-from families import small_model
+from conftest import small
+from originals import ORIGINALS
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -34,16 +34,13 @@ from keyformer.interface import LayerConfig
 
 FULL = KeyformerConfig.preset("full")
 HALF = KeyformerConfig.preset("h2o", kv_cache=50)
-NAMES = ("llama", "mistral window", "gemma3_text", "gpt_neox", "opt", "falcon", "bloom")
-PAPERS = ("mpt", "gptj", "cerebras")
+WINDOWED = ("mistral window", "gemma3_text")
+NAMES = ("llama", "gpt_neox", "opt", "falcon", "bloom", *WINDOWED, *ORIGINALS)
+PLACED = [name for name in NAMES if name not in ("mpt", "bloom")]
+"""Models whose forward takes position_ids; ALiBi is by column or by the mask alone."""
 
 
-def small(name: str, **changes: Any) -> PreTrainedModel:
-    """transformers' own model, small and random; of a family or one of the paper's."""
-    return small_stock(name, **changes) if name in PAPERS else small_model(name, **changes)
-
-
-@pytest.fixture(scope="module", params=[*NAMES, *PAPERS])
+@pytest.fixture(scope="module", params=NAMES)
 def name(request) -> str:
     return request.param
 
@@ -196,10 +193,9 @@ def test_a3_prefill_chunk_size(name, stock, text, padded: bool) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", PLACED, scope="module")
 def test_a4_position_ids(stock, name, text) -> None:
     """Packed sequences do not see each other, and positions need not count up by one."""
-    if name in ("mpt", "bloom"):
-        pytest.skip("its forward takes no position_ids")
     model = enable(copy.deepcopy(stock), FULL)
     packed = torch.tensor([[*range(10), *range(14)]]).expand(2, -1)
     spread = (torch.arange(24) * 3 + 2)[None].expand(2, -1)
@@ -270,12 +266,16 @@ def test_a6_dropout_is_applied_in_training(name: str, rates, text) -> None:
 
 @torch.no_grad()
 def test_a7_prompt_lookup_under_full(stock, name, text) -> None:
-    if name in ("mistral window", "gemma3_text"):
-        pytest.skip("layers with a window cannot take tokens back, in transformers either")
+    """But for layers with a window, which have let tokens go: there it is refused at once."""
     options = {"max_new_tokens": 12, "prompt_lookup_num_tokens": 3, "do_sample": False}
     prompt = torch.cat([text[:1, :8]] * 3, dim=1)
-    got = enable(copy.deepcopy(stock), FULL).generate(prompt, **options)
-    assert torch.equal(got, stock.generate(prompt, **options))
+    model = enable(copy.deepcopy(stock), FULL)
+    if name in WINDOWED:
+        with pytest.raises(InputError, match="takes tokens back") as error:
+            model.generate(prompt, **options)
+        one_line(error)
+    else:
+        assert torch.equal(model.generate(prompt, **options), stock.generate(prompt, **options))
 
 
 @torch.no_grad()

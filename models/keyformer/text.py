@@ -88,11 +88,13 @@ class Columns:
         """
         batch, new = tokens.shape[:2]
         past, self.places, self.changed = self.length, None, False
+        self.whole = not self.padded or (mask is not None and mask.shape[1] > new)
         if mask is None:
             if self.padded:
                 warnings.warn(NO_MASK, stacklevel=2)
-            real = torch.ones(batch, past + new, dtype=torch.bool, device=tokens.device)
-            real[:, :past] = self._until(past, self.real, real)
+            real = torch.ones(batch, new, dtype=torch.bool, device=tokens.device)
+            if self.hides:
+                real = torch.cat([self._until(past, self.real, real), real], dim=1)
         else:
             widths = sorted({new, past + new})
             if mask.shape[0] != batch or mask.shape[1] not in widths:
@@ -101,7 +103,6 @@ class Columns:
                     f"attention_mask must have shape {allowed}, got {tuple(mask.shape)}"
                 )
             real = mask.to(torch.bool)
-        self.whole = not self.padded or (mask is not None and mask.shape[1] > new)
         shown, real = real[:, :-new], real[:, -new:]
         if self.continued_by(mask):
             self.advance(mask, new)
