@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -80,6 +81,12 @@ def small_stock(arch: str, layers: int = 2, heads: int = 4, **changes: int) -> P
 def small(name: str, **changes: Any) -> PreTrainedModel:
     """transformers' own model, small and random: one of the paper's, or of a family's."""
     return (small_stock if name in ORIGINALS else small_model)(name, **changes)
+
+
+@functools.cache
+def kept(name: str) -> PreTrainedModel:
+    """:func:`small`, made once; by name, as tests name their models in lists of their own."""
+    return small(name)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_stock
-from families import FAMILIES, small_model
+from conftest import kept, small
+from families import FAMILIES
 from originals import ORIGINALS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, set_seed
@@ -51,28 +51,41 @@ MODES: dict[str, dict[str, Any]] = {
 EVICTING = KeyformerConfig(kv_cache=50, seed=0)
 
 
-def small(name: str, dropout: float = 0.0) -> PreTrainedModel:
-    """transformers' own model, small and random; of a family or one of the paper's."""
+CROPPABLE = [name for name in NAMES if name not in WINDOWED]
+RIGHT_EAGER = [name for name in NAMES if name != "falcon alibi"]
+"""Stock's eager attention adds Falcon's ALiBi twice."""
+
+WITH_SDPA = [name for name in NAMES if name not in ("mpt", "gptj", "bloom", "gemma2")]
+ALIKE_IN_BOTH = [name for name in WITH_SDPA if name != "falcon alibi"]
+"""Models that have sdpa in transformers, and those of which it agrees with eager attention."""
+
+
+def dropping(name: str, dropout: float) -> PreTrainedModel:
+    """The small model with that rate of dropout everywhere."""
     if name not in ORIGINALS:
-        return small_model(name, **dict.fromkeys(DROPOUTS, dropout))
-    model = small_stock(name)
-    if not dropout:
-        return model
+        return small(name, **dict.fromkeys(DROPOUTS, dropout))
+    model = small(name)
     for key in {*DROPOUTS} & {*vars(model.config)}:
         setattr(model.config, key, dropout)
-    return type(model)(model.config).eval()
+    model = type(model)(model.config).eval()
+    for module in model.modules() if name == "mpt" else ():  # its configuration takes 0 or 1
+        for key in {"attn_dropout_p", "hidden_dropout"} & {*vars(module)}:
+            setattr(module, key, dropout)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    return model
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(params=NAMES)
 def name(request) -> str:
     """Each family, and each of the paper's models: what takes it runs for all of them."""
     return request.param
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def stock(name) -> PreTrainedModel:
     """transformers' own model, small and random."""
-    return small(name)
+    return kept(name)
 
 
 @pytest.fixture
@@ -170,9 +183,7 @@ def test_generate(stock, evicting, full, prompt, mode: str) -> None:
     assert torch.equal(generated(evicting(full), inputs, **MODES[mode]), expected)
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "gemma3_text", "opt", "falcon", *ORIGINALS], scope="module"
-)
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt", "falcon", *ORIGINALS])
 def test_generate_dict_outputs_in_bfloat16(name, full, padded) -> None:
     """What is float32 in a stock model of that dtype is float32, and nothing else."""
     stock = small(name).to(torch.bfloat16)
@@ -227,7 +238,7 @@ def test_generate_continue_from_past_key_values(stock, evicting, full, prompt, e
     assert torch.equal(texts[0][:, -4:], generated(stock, {"input_ids": prompt})[:, -4:])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gptj", "cerebras"], scope="module")
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "cerebras"])
 def test_generate_with_token_type_ids(name, stock, evicting, full, padded) -> None:
     """Which these models add to their embeddings."""
     kinds = torch.randint(1, 61, padded["input_ids"].shape, generator=torch.Generator())
@@ -267,17 +278,9 @@ def candidates_by(kind: str, model: PreTrainedModel, stock: PreTrainedModel) -> 
     return {"assistant_model": assistant}
 
 
-@pytest.fixture
-def croppable(name) -> None:
-    """Leaves out models whose stock cache cannot do it."""
-    if name in WINDOWED:
-        pytest.skip("the stock model's cache cannot be cropped past its window")
-
-
 @pytest.mark.parametrize("kind", ["same", "random", "prompt lookup"])
-def test_assisted_decoding_matches_greedy_search(
-    name, stock, evicting, full, croppable, kind: str
-) -> None:
+@pytest.mark.parametrize("name", CROPPABLE)
+def test_assisted_decoding_matches_greedy_search(name, stock, evicting, full, kind: str) -> None:
     outputs = []
     for model in (copy.deepcopy(stock), evicting(full)):
         options = candidates_by(kind, model, stock)
@@ -288,7 +291,8 @@ def test_assisted_decoding_matches_greedy_search(
 
 
 @pytest.mark.parametrize("kind", ["random", "prompt lookup"])
-def test_assisted_decoding_sample(stock, evicting, full, croppable, kind: str) -> None:
+@pytest.mark.parametrize("name", CROPPABLE)
+def test_assisted_decoding_sample(name, stock, evicting, full, kind: str) -> None:
     texts = []
     for model in (copy.deepcopy(stock), evicting(full)):
         options = candidates_by(kind, model, stock)
@@ -297,7 +301,7 @@ def test_assisted_decoding_sample(stock, evicting, full, croppable, kind: str) -
 
 
 @pytest.mark.parametrize("kind", ["same", "random", "prompt lookup"])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt", *ORIGINALS], scope="module")
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt", *ORIGINALS])
 class TestAssistedDecodingUnderEviction:
     """Tokens that were rejected cannot be taken back once others have left for them."""
 
@@ -317,11 +321,14 @@ class TestAssistedDecodingUnderEviction:
         assert not called
 
     def test_it_is_not_where_the_budget_holds_all(self, name, stock, full, kind: str) -> None:
-        if name in WINDOWED:
-            pytest.skip("the stock model's cache cannot be cropped past its window")
+        """But for layers with a window, whose tokens are let go whatever the budget."""
         expected = generated(stock, repeating(), length=6)
         model = enable(copy.deepcopy(stock), KeyformerConfig(kv_budget=64, seed=0))
         options = candidates_by(kind, model, stock)
+        if name in WINDOWED:
+            with pytest.raises(InputError, match="layers without a window"):
+                generated(model, repeating(), length=6, **options)
+            return
         assert torch.equal(generated(model, repeating(), length=6, **options), expected)
         if kind == "same":
             return  # whose cache as an assistant is one of its own method
@@ -330,7 +337,7 @@ class TestAssistedDecodingUnderEviction:
         assert torch.equal(generated(model, repeating(), length=6, **options, **given), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", *ORIGINALS], scope="module")
+@pytest.mark.parametrize("name", ["llama", *ORIGINALS])
 def test_an_assistant_that_evicts_is_refused(name, stock, full) -> None:
     """Its own tokens are rejected too; without eviction it gives the text that stock gives."""
     model = enable(copy.deepcopy(stock), full)
@@ -375,9 +382,7 @@ def same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_training(name, full, prompt, dropout: float) -> None:
     """Dropout is drawn as the stock model draws it."""
-    if name == "mpt" and dropout:
-        pytest.skip("its configuration takes whole numbers only")
-    stock = small(name, dropout)
+    stock = dropping(name, dropout)
     model = enable(copy.deepcopy(stock), full)
     expected = gradients(stock, prompt)
     same_gradients(gradients(model, prompt), expected)
@@ -398,7 +403,7 @@ def test_training_gradient_checkpointing(stock, evicting, full, prompt, reentran
     same_gradients(gradients(model, prompt), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "falcon", *ORIGINALS], scope="module")
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "falcon", *ORIGINALS])
 def test_training_without_a_cache_under_eviction(name, stock, evicting, prompt) -> None:
     """Nothing leaves where there is no cache, checkpointed or not."""
     model = evicting(EVICTING)
@@ -430,10 +435,9 @@ def test_enable_input_require_grads_with_gradient_checkpointing(
 # Attention: its outputs and its implementations
 
 
+@pytest.mark.parametrize("name", RIGHT_EAGER)
 def test_attention_outputs(name, stock, evicting, full, prompt) -> None:
     """Asked for by argument and by configuration, with hidden states or not, cache or not."""
-    if name == "falcon alibi":
-        pytest.skip("the stock model's eager attention is wrong")
     real = torch.ones_like(prompt, dtype=torch.bool)
     with torch.no_grad():
         for options in (
@@ -458,7 +462,7 @@ def test_attention_outputs(name, stock, evicting, full, prompt) -> None:
                 close_where_real(ours, theirs, real)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "falcon", "bloom", *ORIGINALS], scope="module")
+@pytest.mark.parametrize("name", ["llama", "opt", "falcon", "bloom", *ORIGINALS])
 def test_attention_outputs_under_eviction(name, stock, prompt) -> None:
     """The stock model's shapes too: a column for each token, which weighs nothing once it left."""
     model = enable(copy.deepcopy(stock), KeyformerConfig(kv_budget=6, seed=0))
@@ -493,12 +497,12 @@ def served(model: PreTrainedModel, kind: str) -> bool:
         ("sdpa", "eager", "right"),
     ],
 )
+@pytest.mark.parametrize("name", ALIKE_IN_BOTH)
 def test_eager_matches_sdpa_inference(
     name, stock, full, prompt, before: str, after: str, padding: str
 ) -> None:
     """One implementation set before enabling and the other after it: the same logits."""
-    if not stock._supports_sdpa or name in ("falcon alibi", "gemma2"):
-        pytest.skip("the stock model's own two do not agree, or it has but one")
+    assert stock._supports_sdpa
     mask = torch.ones_like(prompt)
     if padding != "none":
         mask[0, slice(0, 4) if padding == "left" else slice(8, 12)] = 0
@@ -520,11 +524,12 @@ def test_eager_matches_sdpa_inference(
         close(model(**inputs).logits[real], expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "eager") for name in NAMES), *((name, "sdpa") for name in WITH_SDPA)],
+)
 def test_can_set_attention_dynamically(name, stock, evicting, padded, kind: str) -> None:
     """An evicting model still evicts, and the text is the one from before."""
-    if kind == "sdpa" and not stock._supports_sdpa:
-        pytest.skip("the stock model has no sdpa")
     model = evicting()
     texts, caches = [], []
     for _ in range(2):
@@ -542,7 +547,7 @@ def test_can_set_attention_dynamically(name, stock, evicting, padded, kind: str)
         assert one.keys.shape[2] <= 16
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "falcon", "bloom", *ORIGINALS], scope="module")
+@pytest.mark.parametrize("name", ["llama", "opt", "falcon", "bloom", *ORIGINALS])
 def test_eager_matches_sdpa_inference_in_bfloat16(name, full, prompt) -> None:
     stock = small(name).to(torch.bfloat16)
     with torch.no_grad():
@@ -614,7 +619,7 @@ def test_torch_save_load(name, stock, padded, way: str) -> None:
 
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("method", ["full", "keyformer"])
-@pytest.mark.parametrize("name", ["gemma3_text", "mistral window", "mpt", "gptj"], scope="module")
+@pytest.mark.parametrize("name", ["gemma3_text", "mistral window", "mpt", "gptj"])
 def test_copy_of_a_cache_in_use(name, stock, prompt, method: str, way: str) -> None:
     """Generation goes on identically, and a step on one leaves the other as it was."""
     config = KeyformerConfig.preset(method, kv_cache=50, seed=0)
