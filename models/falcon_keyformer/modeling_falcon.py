@@ -129,10 +129,6 @@ class FalconKeyformerModel(InterfaceModelMixin, KeyformerModelMixin, FalconModel
         """Whether the model adds ALiBi to the mask; with a KeyformerCache its layers do it."""
         return self.config.alibi and CALL.get() is None
 
-    @use_alibi.setter
-    def use_alibi(self, value: bool) -> None:
-        """transformers sets what the configuration says."""
-
     @property
     def attention_dropout_rate(self) -> float:
         """Weights are dropped with ALiBi alone."""

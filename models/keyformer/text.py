@@ -142,7 +142,7 @@ class Columns:
         self.hides = bool((real & ~shown).any())
 
     def _append(self, real: Tensor) -> None:
-        """Take (batch, new) columns of which padding is among."""
+        """Take (batch, new) bool columns, which may have padding among them."""
         full = bool(real.all())
         self.new_even = full or _one_run(real)
         if full and self.ends_real:

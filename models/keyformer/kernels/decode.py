@@ -37,6 +37,9 @@ from keyformer.score import Scorer
 STAYS = tl.constexpr(cache.STAYS)
 """The rank of a token that may not leave."""
 
+COUNTS = tl.constexpr(cache.COUNTS)
+"""Of the programs of a head: those done, settlers done, and those that had their turn."""
+
 PATIENCE = tl.constexpr(64)
 """Looks at the others' turns, of less than a microsecond each, before a program takes its own."""
 
@@ -482,7 +485,7 @@ def _step(
     """Programs of a key/value head: for its parts, for each query head's output, for eviction."""
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     batch, kv_head = pair // KV_HEADS, pair % KV_HEADS
-    finished += 3 * pair
+    finished += COUNTS * pair
     new_position = tl.load(new_positions + batch)
     seen_now, budget = tl.load(seen + batch), tl.load(budgets + batch)
     parts = tl.num_programs(1) - GROUP - SETTLERS
