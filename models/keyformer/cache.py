@@ -268,9 +268,11 @@ class KeyformerLayer(CacheLayerMixin):
         columns = self.text.columns
         if columns.hides:
             return "one that hides earlier tokens"
-        if prompt and not columns.ends_real:
-            return "one that ends in padding"
-        return "one with holes" if prompt and not columns.new_even else None
+        if prompt and not columns.new_even:
+            return "one with holes"
+        # They serve tokens alone, not what follows the last, unless just they are asked for.
+        ends_in_padding = prompt and not columns.ends_real and self.config.backend == "auto"
+        return "one that ends in padding" if ends_in_padding else None
 
     def _read(
         self, query: Tensor, new: Tokens, rotary: Rotary | None, as_stored: bool = False
