@@ -17,7 +17,7 @@ test: $(VENV)/test.done
 	$(BIN)/mypy paper
 	$(BIN)/mypy lm_eval_harness
 	$(BIN)/mypy benchmarks
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 clean:
 	rm -rf $(VENV)
