@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from conftest import small_stock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_algorithm import cases, check_against_oracle
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig
 from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
 
@@ -387,8 +390,30 @@ def test_reordering_copies_only_what_differs() -> None:
     assert torch.equal(keys[0], keys[1])
 
 
+class Reads(TorchDispatchMode):
+    """Notes which tensors operations read that none of these operations has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[weakref.ref] = []
+        self.made: set[int] = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor) and tensor.data_ptr() not in self.made:
+                self.read.append(weakref.ref(tensor if tensor._base is None else tensor._base))
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.made.add(tensor.data_ptr())
+        return result
+
+
 class Recording:
-    """A CUDA graph on a CPU: capturing changes no tensor, replaying computes anew in place."""
+    """A CUDA graph on a CPU: capturing changes no tensor, replaying computes anew in place.
+
+    What was read while it was captured is read again from the same places, so it has to be there.
+    """
 
     model = cache = None
 
@@ -401,17 +426,21 @@ class Recording:
             if isinstance(getattr(owner, name), torch.Tensor)
         ]
         before = [tensor.clone() for tensor in tensors]
-        yield
+        with Reads() as reads:
+            yield
+        self.read = reads.read
         for tensor, value in zip(tensors, before, strict=True):
             tensor.copy_(value)
 
     def replay(self) -> None:
+        assert all(tensor() is not None for tensor in self.read)
         graph, text, layers = self.cache.graph, self.cache.text, self.cache.layers
         counted = text.length, text.step
         text.length, text.step = counted[0] - 1, counted[1] - 1
         for layer in layers:
             layer.length -= 1
-        output = self.model.forward(**graph.inputs, past_key_values=self.cache)
+        inputs = {**graph.inputs, "attention_mask": graph.mask}
+        output = self.model.forward(**inputs, past_key_values=self.cache)
         graph.logits.copy_(output.logits)
         assert (text.length, text.step) == counted
 
@@ -446,6 +475,8 @@ def test_replayed_steps_equal_run_ones(monkeypatch, arch: str, options) -> None:
         text = prompts[0]
         for tokens, prompt in ((6, prompts[1]), (4, prompts[1][:, :0]))[: 3 - beams]:
             chosen = {"max_new_tokens": tokens, "min_new_tokens": tokens, **options}
+            chosen["attention_mask"] = torch.ones_like(text)
+            chosen["attention_mask"][0, 0] = 0  # padding: a mask of ones is dropped on the way
             text = model.generate(text, past_key_values=cache, **chosen)
             text = torch.cat([text, prompt], dim=-1)
         assert (cache.graph is not None) == (least == 2)

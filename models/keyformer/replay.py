@@ -107,13 +107,14 @@ class DecodeGraph:
         self.addresses = _addresses(cache)
         self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         self.graph = torch.cuda.CUDAGraph()
-        mask = cache.columns.mask
-        if mask is not None:
-            mask, before = torch.ones_like(inputs["input_ids"]), mask
-            mask.keyformer_continues = before  # type: ignore[attr-defined]
+        # What the graph reads has to live as long as it does.
+        self.mask: Any = None
+        if cache.columns.mask is not None:
+            self.mask = torch.ones_like(inputs["input_ids"])
+            self.mask.keyformer_continues = cache.columns.mask
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"), FewRows():
             output = model.forward(
-                **self.inputs, attention_mask=mask, past_key_values=cache, return_dict=True
+                **self.inputs, attention_mask=self.mask, past_key_values=cache, return_dict=True
             )
         if not {"logits"} <= set(output) <= {"logits", "past_key_values"}:
             raise RuntimeError(f"the model returns {', '.join(output)}")
