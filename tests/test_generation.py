@@ -170,6 +170,43 @@ def test_seed_repeats_and_changes(evicting, padded) -> None:
     assert torch.equal(first, positions(None))
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2], [2]])
+def test_noise_of_an_id_does_not_depend_on_the_batch(evicting, beams: int, order) -> None:
+    """Each sequence's text and slots are those it has alone under its id."""
+    config = KeyformerConfig(kv_cache=40, seed=5)
+    prompts = torch.randint(1, 61, (4, 24), generator=torch.Generator().manual_seed(1))
+    ids = [7, 2**32 + 1, 7_000_000_000, 0]
+    model = evicting(config)
+
+    def run(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = KeyformerCache(model.config, config, noise_ids=[ids[row] for row in rows])
+        text = model.generate(
+            prompts[rows],
+            past_key_values=cache,
+            num_beams=beams,
+            max_new_tokens=6,
+            min_new_tokens=6,
+        )
+        return text, cache.layers[0].positions.sort().values.unflatten(0, (len(rows), beams))
+
+    texts, slots = run(order)
+    for place, row in enumerate(order):
+        alone, kept = run([row])
+        assert torch.equal(texts[place], alone[0])
+        assert torch.equal(slots[place], kept[0])
+    prompts[1] = prompts[0]
+    assert not torch.equal(*run([0, 1])[1])
+
+
+def test_noise_ids_that_do_not_fit_are_refused(evicting) -> None:
+    config = KeyformerConfig(kv_cache=40, seed=5)
+    model = evicting(config)
+    cache = KeyformerCache(model.config, config, noise_ids=[1, 2])
+    with pytest.raises(InputError, match="noise_ids has 2 numbers, and the batch has 3 rows"):
+        model.generate(torch.ones(3, 5, dtype=torch.int64), past_key_values=cache)
+
+
 def test_temperature_follows_max_new_tokens(evicting, padded, monkeypatch) -> None:
     """T is generate's max_new_tokens, or what max_length leaves after the prompt."""
     taus = []

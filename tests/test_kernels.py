@@ -242,6 +242,22 @@ def test_shared_scores() -> None:
         assert torch.allclose(ours.scores, theirs.scores, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["gumbel", "gaussian"])
+def test_noise_of_ids_is_that_of_score(kind: str) -> None:
+    """Both in the prompt and in steps, with ids beyond 32 bits."""
+    config = KeyformerConfig(kv_cache=40, seed=7, noise=kind)
+    case = Case(config, 2, 2, [17, 9], [1] * 5, alibi=True, seed=3, device=DEVICE)
+    kept = []
+    for backend, ids in (("torch", [5, 2**33 + 9]), ("triton", [5, 9]), ("triton", None)):
+        config = dataclasses.replace(config, backend=backend)
+        cache = KeyformerCache(PreTrainedConfig(num_hidden_layers=1), config, noise_ids=ids)
+        for part in case.forwards():
+            case.attend(cache, 0, *part)
+        kept.append(cache.layers[0].scores)
+    assert torch.allclose(kept[0], kept[1], atol=1e-4)
+    assert not torch.allclose(kept[0], kept[2], atol=1e-4)
+
+
 @triton.jit(do_not_specialize=["row", "sequence", "head"])
 def _draw(out, row, sequence, head, NOISE: tl.constexpr, KEYS: tl.constexpr):
     query, part = tl.program_id(0), tl.program_id(1)

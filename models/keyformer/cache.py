@@ -6,7 +6,7 @@ rule serves the prompt, every decode step and a second prompt on the same cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -584,6 +584,15 @@ class KeyformerCache(Cache):
         The model's configuration, for its layers and their windows.
     config
         The method and its settings.
+    noise_ids
+        A number for each sequence that says which noise it draws (its last 32 bits; beams of one
+        sequence draw each their own): with it a sequence's result does not depend on its place in
+        the batch. None takes the place.
+
+    Raises
+    ------
+    InputError
+        In the first forward, if the rows of the batch are not a multiple of ``noise_ids``.
 
     Attributes
     ----------
@@ -595,6 +604,8 @@ class KeyformerCache(Cache):
         What those of the layers count alike that evict by ``config``.
     seed
         Seed of this cache's noise.
+    sequences
+        (batch,) int64, whose noise each row draws; None before the first forward.
     max_new_tokens, max_length
         What ``generate`` was asked for; T of Eq. 10 unless the config has its own.
     observer
@@ -604,7 +615,10 @@ class KeyformerCache(Cache):
     """
 
     def __init__(
-        self, model_config: PreTrainedConfig, config: KeyformerConfig | None = None
+        self,
+        model_config: PreTrainedConfig,
+        config: KeyformerConfig | None = None,
+        noise_ids: Sequence[int] | None = None,
     ) -> None:
         config = config or KeyformerConfig()
         keep_all = KeyformerConfig.preset(
@@ -632,6 +646,8 @@ class KeyformerCache(Cache):
         self.seed = config.seed or 0
         if config.seed is None and config.draws_noise:
             self.seed = int(torch.randint(2**62, ()))
+        self.noise_ids = noise_ids
+        self.sequences: Tensor | None = None
         self.max_new_tokens: int | None = None
         self.max_length: int | None = None
         self.observer: Observer | None = None
@@ -721,6 +737,8 @@ class KeyformerCache(Cache):
             self.columns.take(real, real)
         if not self.text.length:
             self.tau = torch.empty((), device=query.device)
+        if self.sequences is None:
+            self.sequences = self._numbered(len(real), query.device)
         if not self.text.length or tokens > 1:
             prompt_end = max(self.text.prompt_end, self.text.length + tokens)
             planned = prompt_end + (self._new_tokens(prompt_end) or 1) - 1
@@ -734,6 +752,15 @@ class KeyformerCache(Cache):
             text.take(real)
         if not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.set_temperature()
+
+    def _numbered(self, rows: int, device: torch.device) -> Tensor:
+        """Which noise each row draws: that of its id, and where there are beams of the beam."""
+        ids = range(rows) if self.noise_ids is None else self.noise_ids
+        each, rest = divmod(rows, len(ids)) if ids else (0, rows)
+        if rest:
+            raise InputError(f"noise_ids has {len(ids)} numbers, and the batch has {rows} rows")
+        first = torch.tensor([each * int(number) % 2**32 for number in ids], device=device)
+        return (first[:, None] + torch.arange(each, device=device)).flatten()
 
     def count_step(self) -> None:
         """Count a token that a replayed step is going to take in; its column is counted."""
@@ -772,7 +799,8 @@ class KeyformerCache(Cache):
         if not layer.config.needs_scores:
             return None
         factor = 1.0 if self.text.in_first_prompt else self.config.damping
-        return Scorer(self.config, self.seed, layer_idx, self._temperature(), factor)
+        tau = self._temperature()
+        return Scorer(self.config, self.seed, layer_idx, tau, factor, self.sequences)
 
     def by_column(self, layer_idx: int, attended: Attended) -> Tensor:
         """The weights of a layer as transformers gives them: a column for each one fed so far.
@@ -843,7 +871,7 @@ class KeyformerCache(Cache):
         self.columns.reset()
         for text in self.texts:
             text.reset()
-        self.replays, self.graph = False, None
+        self.replays, self.graph, self.sequences = False, None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give beam i the slots of beam ``beam_idx[i]``, positions and scores with them."""
@@ -869,11 +897,21 @@ class KeyformerCache(Cache):
         """Keep the sequences ``indices``."""
         super().batch_select_indices(indices)
         self._select(indices)
+        self._renumber(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence ``repeats`` times in place."""
         super().batch_repeat_interleave(repeats)
-        self._select(torch.arange(len(self.text.seen)).repeat_interleave(repeats))
+        index = torch.arange(len(self.text.seen)).repeat_interleave(repeats)
+        self._select(index)
+        self._renumber(index)
+
+    def _renumber(self, index: Tensor) -> None:
+        """Noise follows a sequence that has an id; without one it is of the row."""
+        if self.noise_ids is None or self.sequences is None:
+            self.sequences = None
+        else:
+            self.sequences = self.sequences[index.to(self.sequences.device)]
 
     def _select(self, index: Tensor) -> None:
         self.columns.select(index, len(self.text.seen))

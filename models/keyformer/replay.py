@@ -254,7 +254,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 def _addresses(cache: KeyformerCache) -> list[int]:
     """Where all is that a step reads and writes; a layer's slots are replaced together."""
-    tensors = [cache.tau]
+    tensors = [cache.tau, cache.sequences]
     for layer in cache.layers:
         tensors += [layer.keys, layer.scores]
     for text in cache.texts:

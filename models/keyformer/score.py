@@ -32,7 +32,13 @@ def temperature(config: KeyformerConfig, step: int, generation_length: int | Non
 
 
 def noise(
-    kind: str, seed: int, layer: int, heads: int, query_positions: Tensor, key_positions: Tensor
+    kind: str,
+    seed: int,
+    layer: int,
+    heads: int,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    sequences: Tensor | None = None,
 ) -> Tensor:
     """zeta of Eq. 4: the only place where a random number is drawn.
 
@@ -48,6 +54,9 @@ def noise(
         (batch, queries) int64, positions in the text.
     key_positions
         (batch, kv_heads, keys) int64, positions in the text.
+    sequences
+        (batch,) int64, which sequence's noise each row of the batch draws, from its last 32 bits;
+        None for the row's own number.
 
     Returns
     -------
@@ -61,8 +70,10 @@ def noise(
         return torch.full((), GUMBEL_MEAN, device=device)
     batch, kv_heads, _ = key_positions.shape
     row = torch.tensor(first_row(seed, layer), dtype=torch.int32, device=device)
+    if sequences is None:
+        sequences = torch.arange(batch, device=device)
     counters = (
-        torch.arange(batch, device=device)[:, None, None, None],
+        sequences.to(device)[:, None, None, None],
         torch.arange(heads, device=device)[None, :, None, None],
         query_positions[:, None, :, None],
     )
@@ -105,7 +116,7 @@ class Scorer:
     ----------
     config
         Kind and schedule of the noise, and forgetting.
-    seed, layer
+    seed, layer, sequences
         Those of :func:`noise`.
     tau
         That of :func:`temperature`.
@@ -118,6 +129,7 @@ class Scorer:
     layer: int
     tau: float
     factor: float = 1.0
+    sequences: Tensor | None = None
 
     @property
     def row(self) -> int:
@@ -128,6 +140,14 @@ class Scorer:
     def noise_drawn(self) -> str:
         """The kind of noise that can change a score: a constant cannot."""
         return self.config.noise if self.config.draws_noise else "none"
+
+    def whose_noise(self, rows: int, device: torch.device) -> Tensor | None:
+        """(rows,) int64, the ``sequences`` of :func:`noise`; None where it draws nothing."""
+        if self.noise_drawn == "none":
+            return None
+        if self.sequences is None:
+            return torch.arange(rows, device=device)
+        return self.sequences.to(device)
 
     def weight(self, query_positions: Tensor, last: Tensor) -> Tensor:
         """How much each query's softmax counts.
@@ -173,7 +193,10 @@ class Scorer:
         asked_at = query_positions
         if self.config.noise_schedule == "once":
             asked_at = torch.zeros_like(query_positions)
-        zeta = noise(self.config.noise, self.seed, self.layer, heads, asked_at, key_positions)
+        zeta = noise(
+            *(self.config.noise, self.seed, self.layer, heads, asked_at, key_positions),
+            self.sequences,
+        )
         if zeta.ndim:
             zeta = zeta.view(logits.shape)
         given = torch.softmax((logits + zeta) / self.tau, dim=-1)

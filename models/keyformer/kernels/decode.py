@@ -439,6 +439,7 @@ def _step(
     output,
     new_scores,
     finished,
+    sequences,
     query_stride_batch,
     query_stride_head,
     key_stride_batch,
@@ -498,7 +499,10 @@ def _step(
     key += batch * key_stride_batch + kv_head * key_stride_head
     value += batch * value_stride_batch + kv_head * value_stride_head
     members = tl.arange(0, GROUP_ROWS)
-    rows = query_row(head_row(row, batch, kv_head * GROUP + members), new_position, ONCE)
+    rows = tl.zeros([GROUP_ROWS], tl.uint32)
+    if NOISE != "none":
+        sequence = tl.load(sequences + batch)
+        rows = query_row(head_row(row, sequence, kv_head * GROUP + members), new_position, ONCE)
     sharpness = 1.0
     if SCORED:
         sharpness = 1.0 / tl.load(tau)
@@ -794,6 +798,7 @@ def step(
         output,
         new_scores,
         layer.finished,
+        scorer.whose_noise(batch, query.device) if scorer is not None else None,
         *query.stride()[:2],
         *read_key.stride()[:2],
         *value.stride()[:2],

@@ -85,6 +85,7 @@ def _attend(
     output,
     normal,
     hashes,
+    sequences,
     query_stride_batch,
     query_stride_head,
     query_stride,
@@ -149,7 +150,8 @@ def _attend(
         slope = tl.load(slopes + head) * LOG2_E
     rows = tl.zeros([QUERY_BLOCK], tl.uint32)
     if NOISE != "none":
-        rows = query_row(head_row(row, batch, head), asked + to_position, ONCE)
+        sequence = tl.load(sequences + batch)
+        rows = query_row(head_row(row, sequence, head), asked + to_position, ONCE)
 
     if start + QUERY_BLOCK > first:
         q = tile(query, start, queries, query_stride, HEAD_DIM, DIM_BLOCK, QUERY_BLOCK, True)
@@ -415,6 +417,7 @@ def attention(
         output,
         normal,
         hashes,
+        None if scorer is None else scorer.whose_noise(batch, query.device),
         *query.stride()[:3],
         *new.keys.stride()[:3],
         *new.values.stride()[:3],
