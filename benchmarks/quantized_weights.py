@@ -9,14 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
-
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
-from keyformer.evaluation.data import TASKS, Item, load_items, make_prompt, sample
+from keyformer.evaluation.data import TASKS, Item, load_items, make_prompt, prompt_room, sample
 from keyformer.evaluation.generation import generate
 from keyformer.evaluation.results import check_writable, run_record, write_json
-from keyformer.evaluation.run import prompt_room, summary
+from keyformer.evaluation.run import summary
 from keyformer.integration import check_device, load_model
 from keyformer.quantize import QUANTIZATIONS, weight_bytes
 
@@ -97,14 +95,12 @@ def measure(
     rows = []
     for method in METHODS:
         config = KeyformerConfig.preset(method, kv_cache=flags.kv_cache, seed=0)
-        set_seed(0)
         generated = generate(
             model,
             tokenizer,
             prompts,
             config,
             batch_size=flags.bs,
-            progress=False,
             num_beams=flags.beam,
             max_new_tokens=flags.max_new_tokens,
         )

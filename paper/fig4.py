@@ -42,15 +42,15 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         for panel, measure in measures.items()
         for method in METHODS
     }
-    store = yield study.request(runs.values())
+    found = yield from study.find(runs.values())
 
     table: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
     print(f"\nlayer {layer}, head {head}: what the tokens that stay have of the full softmax")
     lines = [["model", "task", "method", "tokens", "of the full softmax, %", "largest weight"]]
     for ((model, task), method), run in runs.items():
-        full = _by_position(store[runs[(model, task), "full"]])
-        kept = _by_position(store[run])
+        full = _by_position(found[runs[(model, task), "full"]])
+        kept = _by_position(found[run])
         share = 100 * sum(full[position] for position in kept)
         of = {"model": model, "task": task, "method": method}
         table += [{**of, "position": at, "weight": weight} for at, weight in kept.items()]
@@ -65,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> Steps:
     grid = figure.subplots(len(METHODS), len(measures), sharex="col", sharey="col", squeeze=False)
     line = {"linewidth": 1, "rasterized": True}  # a thousand of them, which an SVG need not name
     for column, (model, task) in enumerate(measures):
-        full = _by_position(store[runs[(model, task), "full"]])
+        full = _by_position(found[runs[(model, task), "full"]])
         for ax, method in zip(grid[:, column], METHODS, strict=True):
-            kept = _by_position(store[runs[(model, task), method]])
+            kept = _by_position(found[runs[(model, task), method]])
             ax.vlines(list(full), 0, list(full.values()), color="#cccccc", **line)
             ax.vlines(list(kept), 0, list(kept.values()), color=COLORS[method], **line)
             ax.text(0.02, 0.92, method, transform=ax.transAxes, va="top", color=COLORS[method])

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keyformer.cache import KeyformerCache
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
-from keyformer.evaluation.data import TASKS, load_items, make_prompt
+from keyformer.evaluation.data import TASKS, load_items, make_prompt, prompt_room
 from keyformer.evaluation.results import check_writable, write_text
-from keyformer.evaluation.run import load, prompt_room
+from keyformer.evaluation.run import load
 from keyformer.evaluation.study import BUNDLED, ROOT
 
 MOST_SCORES = 2_000_000

@@ -254,7 +254,9 @@ def _alike(one: Any, other: Any) -> bool:
 
 def _addresses(cache: KeyformerCache) -> list[int]:
     """Where all is that a step reads and writes; a layer's slots are replaced together."""
-    tensors = [cache.tau, cache.sequences]
+    tensors = [cache.tau]
+    if cache.sequences is not None:
+        tensors.append(cache.sequences)
     for layer in cache.layers:
         tensors += [layer.keys, layer.scores]
     for text in cache.texts:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from importlib.metadata import version
 
 import torch
 from transformers.utils import logging
 
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.evaluation.measures import fingerprint
-from keyformer.evaluation.sweep import Labels, PerItem
+from keyformer.evaluation.identity import Settings
+from keyformer.evaluation.store import Result
 from keyformer_lm_eval.harness import evaluate, find_tasks
 from keyformer_lm_eval.model import KeyformerLM
 
@@ -46,20 +47,24 @@ class Accuracy:
     limit: int | None
     bs: int
 
-    @cached_property
-    def setting(self) -> Labels:
-        """All that the result depends on beside the configuration."""
-        names = ("dtype", "task", "shots", "limit", "bs")
-        setting = {name: getattr(self, name) for name in names}
-        model = {"model": self.path, "weights": fingerprint(self.path)}
-        return {"measure": "Accuracy", **model, "lm_eval": version("lm_eval"), **setting}
+    @property
+    def setting(self) -> Settings:
+        """What the results depend on beside configuration, item, code and device."""
+        return {"dtype": self.dtype, "bs": self.bs, "lm_eval": version("lm_eval")}
 
     @property
-    def cost(self) -> float:
-        """How long a run takes, in no unit: prompts grow with their examples."""
-        return (self.limit or 200) * (1 + self.shots)
+    def contents(self) -> list[Settings]:
+        """One item: the task as a whole, since its prompts' examples are drawn in one go."""
+        return [{"task": self.task, "shots": self.shots, "limit": self.limit}]
 
-    def __call__(self, config: KeyformerConfig, device: torch.device) -> PerItem:
+    @property
+    def costs(self) -> list[float]:
+        """How long it takes, in no unit: prompts grow with their examples."""
+        return [(self.limit or 200) * (1.0 + self.shots)]
+
+    def __call__(
+        self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
+    ) -> list[Result]:
         """Evaluate a configuration, which has a seed."""
         lm = _load(self.path, self.dtype, device, self.bs)
         lm.keyformer_config = config
@@ -76,7 +81,7 @@ class Accuracy:
         samples = results["samples"].get(self.task, [])
         if not samples or "acc" not in samples[0]:
             raise InputError(f"task {self.task!r} is not one of multiple choice with an accuracy")
-        return {"accuracy": [100 * float(sample["acc"]) for sample in samples]}
+        return [{"accuracy": [100 * float(sample["acc"]) for sample in samples]}]
 
 
 @lru_cache(maxsize=1)

@@ -8,14 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
-
 from keyformer.config import CACHE_DTYPES, METHODS, InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
-from keyformer.evaluation.data import TASKS, Task, load_items, make_prompt, sample
-from keyformer.evaluation.generation import generate
-from keyformer.evaluation.results import check_writable, run_record, write_json
-from keyformer.evaluation.run import load, prompt_room, summary
+from keyformer.evaluation.data import TASKS, Task, load_items, make_prompt, prompt_room, sample
+from keyformer.evaluation.processes import is_main
+from keyformer.evaluation.results import check_writable, record, write_json
+from keyformer.evaluation.run import generated, generation, load, summary
+from keyformer.evaluation.store import Store
+from keyformer.evaluation.work import finish
 from keyformer.quantize import weight_bytes
 
 
@@ -41,45 +41,56 @@ def compare(
         If a flag, the dataset, the model or the record's path cannot be used.
     """
     task = TASKS[task_name]
-    flags = parse(argv, description, task, here / "data" / "sample_eval.json")
+    flags = parse(argv, description, task, here)
     if flags.record:
         check_writable(flags.record)
     settings = list(rows(flags))
     items = sample(load_items(flags.dataset_path, task), flags.n_obs, seed=0)
+    store = Store(flags.store)
     model, tokenizer = load(flags)
     room = prompt_room(model, flags.max_new_tokens)
     prompts = [make_prompt(item, task, tokenizer, room) for item in items]
-
-    results, texts = [], {}
-    for method, seed, config in settings:
-        set_seed(seed)
-        generated = generate(
-            model,
-            tokenizer,
-            prompts,
-            config,
-            batch_size=flags.bs,
-            num_beams=flags.beam,
-            max_new_tokens=flags.max_new_tokens,
-        )
+    options = {"num_beams": flags.beam, "max_new_tokens": flags.max_new_tokens}
+    jobs = [
+        generation(flags, model, tokenizer, prompts, config, seed, **options)
+        for _, seed, config in settings
+    ]
+    stopped = None
+    try:
+        finish(jobs, store, model.device, resume=flags.resume, unit="doc")
+    except KeyboardInterrupt as stop:
+        stopped = stop
+    found = [generated(job, store) for job in jobs]
+    # Stopped, rows are still over the same items: those that all of them have.
+    common = [item for item in range(len(items)) if all(item in of for of in found)]
+    results = []
+    for (method, seed, config), of in zip(settings, found, strict=True):
         row = {"method": method, "kv_cache": config.kv_cache, "seed": seed}
-        results.append({**row, "config": asdict(config), **summary(generated, items, task)})
-        texts[f"{method} {config.kv_cache:g} %" if method != "full" else method] = generated.texts
-    for index in range(min(flags.show, len(items))):
-        print(f"\nitem {index}\n  reference: {' '.join(task.reference(items[index]).split())}")
-        for name, generated_texts in texts.items():
-            print(f"  {name}: {' '.join(generated_texts[index][0].split())}")
-    print_table(results)
-    if flags.record:
+        figures = summary([of[item] for item in common], [items[item] for item in common], task)
+        results.append({**row, "config": asdict(config), **figures})
+    if is_main() and common:
+        for item in common[: flags.show]:
+            print(f"\nitem {item}\n  reference: {_line(task.reference(items[item]))}")
+            for (method, _, config), of in zip(settings, found, strict=True):
+                name = method if method == "full" else f"{method} {config.kv_cache:g} %"
+                print(f"  {name}: {_line(of[item].texts[0])}")
+        print_table(results)
+    if is_main() and flags.record and stopped is None:
         described = {"model": flags.model_name, "task": task_name, "items": len(items)}
         described |= {"beam": flags.beam, "quantize": flags.quantize}
         described["weight_bytes"] = weight_bytes(model)
-        record = {**described, **run_record(model.device), "rows": results}
-        write_json(flags.record, record)
+        sources = store.sources(key for job in jobs for key in job.keys)
+        write_json(flags.record, {**described, **record(sources), "rows": results})
+    if stopped is not None:
+        raise stopped
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def parse(
-    argv: Sequence[str] | None, description: str | None, task: Task, dataset_path: Path
+    argv: Sequence[str] | None, description: str | None, task: Task, here: Path
 ) -> argparse.Namespace:
     """The flags, checked.
 
@@ -101,13 +112,14 @@ def parse(
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], help="for methods that draw noise"
     )
-    parser.add_argument("--dataset_path", default=dataset_path)
+    parser.add_argument("--dataset_path", default=here / "data" / "sample_eval.json")
     parser.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
     parser.add_argument("--bs", type=int, default=8)
     parser.add_argument("--beam", type=int, default=1)
     parser.add_argument("--max_new_tokens", type=int, default=task.max_new_tokens)
     parser.add_argument("--show", type=int, default=0, help="print the texts of this many items")
     parser.add_argument("--record", type=Path, help="write the rows and their record as JSON")
+    flag.store_flags(parser, here / "out" / "finished.sqlite")
     flags = parser.parse_args(argv)
     for name in ("bs", "beam", "max_new_tokens"):
         if getattr(flags, name) < 1:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from keyformer.config import InputError
+from keyformer.config import InputError, KeyformerConfig
 
 Item = dict[str, Any]
 
@@ -223,3 +223,30 @@ def make_prompt(
         prompt = task.prompt({**item, task.document: text})
         excess = len(tokens(prompt)) - max_tokens
     return prompt
+
+
+def prompt_room(
+    model: PreTrainedModel, max_new_tokens: int, config: KeyformerConfig | None = None
+) -> int | None:
+    """The longest prompt in tokens, so that what is generated has positions too; None is any.
+
+    Parameters
+    ----------
+    config
+        The method: with new positions and prompts in chunks, only the cache has to fit.
+
+    Raises
+    ------
+    InputError
+        If the model's table of positions has no room for a prompt.
+    """
+    table = model.get_decoder().position_table
+    chunks_move = config and config.positions == "new" and config.prefill_chunk
+    if table is None or chunks_move:
+        return None
+    room = table - max_new_tokens + 1  # the last generated token is not fed back
+    if room < 1:
+        raise InputError(
+            f"max_new_tokens must be at most the model's {table} positions, got {max_new_tokens}"
+        )
+    return room

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import io
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 from keyformer.config import CACHE_DTYPES, METHODS, POSITIONS, InputError, KeyformerConfig
 from keyformer.evaluation.data import TASKS
+from keyformer.evaluation.processes import is_main, leave
 from keyformer.integration import check_device
 from keyformer.quantize import QUANTIZATIONS
 
@@ -28,13 +32,57 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_main(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
-    """Run a script's main; input that cannot be used is one line and exit code 2."""
+    """Run a script's main and end the process.
+
+    Input that cannot be used is one line and exit code 2; Ctrl-C and SIGTERM are one line too, and
+    130 and 143. Of several processes the first alone prints results.
+    """
+    name = Path(sys.argv[0]).name
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        main(None)
+        with nullcontext() if is_main() else redirect_stdout(io.StringIO()):
+            main(None)
+        code = 0
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+        print(f"{name}: error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt as stop:
+        if is_main():
+            print(f"\n{name}: stopped{f': {stop}' if str(stop) else ''}", file=sys.stderr)
+        code = 143 if isinstance(stop, Terminated) else 130
+    leave()
+    sys.exit(code)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a script as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    raise Terminated
+
+
+def store_flags(parser: argparse._ActionsContainer, store: Path | None) -> None:
+    """Flags of what is remembered of one run for the next.
+
+    Parameters
+    ----------
+    store
+        Default of --store; None is a file beside what is written.
+    """
+    parser.add_argument(
+        "--store",
+        type=Path,
+        default=store,
+        help="finished items, so that a stopped run goes on where it was (default:"
+        f" {store or 'measured.sqlite in --out'})",
+    )
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="--no-resume computes every item anew",
+    )
 
 
 def method_flags(parser: argparse.ArgumentParser, default: str = "full") -> None:
@@ -233,7 +281,9 @@ def task_flags(
     group.add_argument("--score_path", type=Path, default=out / "scores.json")
     group.add_argument("--attentions_path", type=Path, default=out / "attentions")
     group.add_argument(
-        "--save_attentions", action="store_true", help="weights of each generated token"
+        "--save_attentions",
+        action="store_true",
+        help="weights of each generated token; no item is then taken from --store",
     )
     group.add_argument(
         "--save_prompt_attentions",
@@ -252,9 +302,12 @@ def task_flags(
         help="add each sequence's log-probability per token to --score_path",
     )
     group.add_argument("--include_special_tokens", action="store_true")
+    store_flags(group, out / "finished.sqlite")
 
     group = parser.add_argument_group("generation")
-    group.add_argument("--bs", type=int, default=1, help="batch size")
+    group.add_argument(
+        "--bs", type=int, default=1, help="batch size; with --do_sample prompts go one by one"
+    )
     group.add_argument("--beam", type=int, default=1, help="beams; the paper's runs use 4")
     group.add_argument("--early_stopping", action="store_true", help="of beam search")
     group.add_argument("--do_sample", action="store_true")

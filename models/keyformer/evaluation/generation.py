@@ -4,46 +4,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import KeyformerConfig
 from keyformer.evaluation.attentions import AttentionRecorder
+from keyformer.evaluation.identity import noise_id
 
 
-@dataclass
+@dataclass(frozen=True)
 class Generated:
-    """What a run over a dataset produced.
+    """What was generated for one prompt.
 
     Attributes
     ----------
     texts
-        For each prompt its ``num_return_sequences`` generated texts, best first.
+        Its ``num_return_sequences`` texts, best first.
     sequence_scores
-        In the same shape, each sequence's log-probability divided by its length; None
-        unless asked for.
+        Each text's log-probability divided by its length; None unless asked for.
     tokens
-        Generated tokens over all returned sequences, end-of-sequence tokens included.
-    seconds
-        Time spent in ``generate``.
-    kv_bytes_prompt, kv_bytes_end
-        For each batch, bytes of the cache after the prompt and after the last token. A
-        batch holds batch size x beams sequences.
+        Generated tokens over all texts, end-of-sequence tokens included.
+    seconds, kv_bytes_prompt, kv_bytes_end
+        The prompt's share of its batch: time in ``generate``, and bytes of the cache, all beams
+        of it, after the prompt and after the last token.
     """
 
-    texts: list[list[str]] = field(default_factory=list)
-    sequence_scores: list[list[float]] | None = None
-    tokens: int = 0
-    seconds: float = 0.0
-    kv_bytes_prompt: list[int] = field(default_factory=list)
-    kv_bytes_end: list[int] = field(default_factory=list)
+    texts: list[str]
+    sequence_scores: list[float] | None
+    tokens: int
+    seconds: float
+    kv_bytes_prompt: float
+    kv_bytes_end: float
 
 
 class _AfterPrompt(StoppingCriteria):
@@ -66,6 +63,40 @@ def generate(
     config: KeyformerConfig,
     *,
     batch_size: int = 1,
+    seed: int = 0,
+    **options: Any,
+) -> list[Generated]:
+    """Generate a continuation of each prompt under one method.
+
+    What a prompt gets depends on itself and on the seeds, not on the prompts beside it: noise goes
+    by its content, and where tokens are sampled each prompt is generated for by itself.
+
+    Parameters
+    ----------
+    config
+        The method; each batch gets a KeyformerCache of its own. Its seed is that of the noise.
+    seed
+        Of sampling.
+    options
+        Those of :func:`generate_batch`.
+    """
+    samples = options.get("do_sample", False)
+    at_a_time = 1 if samples else batch_size
+    found: list[Generated] = []
+    for start in range(0, len(prompts), at_a_time):
+        batch = prompts[start : start + at_a_time]
+        if samples:
+            torch.manual_seed(seed << 32 | noise_id(batch[0]))
+        found += generate_batch(model, tokenizer, batch, config, **options)
+    return found
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    config: KeyformerConfig,
+    *,
     padding: bool | str = True,
     max_prompt_tokens: int | None = None,
     max_total_tokens: int | None = None,
@@ -73,15 +104,12 @@ def generate(
     include_special_tokens: bool = False,
     sequence_scores: bool = False,
     attentions: tuple[Path, bool, bool] | None = None,
-    progress: bool = True,
     **generate_options: Any,
-) -> Generated:
-    """Generate a continuation of each prompt under one method.
+) -> list[Generated]:
+    """Generate for prompts at once.
 
     Parameters
     ----------
-    config
-        The method; each batch gets a KeyformerCache of its own.
     padding, max_prompt_tokens
         As the tokenizer's ``padding`` and ``max_length``; prompts are not cut here.
     max_total_tokens
@@ -91,70 +119,65 @@ def generate(
     sequence_scores
         Fill in ``Generated.sequence_scores``.
     attentions
-        Folder, and whether to save there the weights of the prompt and of decode steps:
-        one .npz a batch, see :class:`AttentionRecorder`.
-    progress
-        Show a bar with the time left.
+        A file, and whether to save there the weights of the prompt and of decode steps, see
+        :class:`AttentionRecorder`.
     generate_options
         Passed to ``model.generate``; ``max_new_tokens`` is required.
     """
-    result = Generated(sequence_scores=[] if sequence_scores else None)
-    returned = generate_options.get("num_return_sequences", 1)
-    with tqdm(total=len(prompts), unit="doc", disable=not progress) as bar:
-        for start in range(0, len(prompts), batch_size):
-            batch = list(prompts[start : start + batch_size])
-            inputs = tokenizer(
-                batch,
-                padding=padding,
-                max_length=max_prompt_tokens if padding == "max_length" else None,
-                return_token_type_ids=False,
-                return_tensors="pt",
-                verbose=False,
-            ).to(model.device)
-            prompt_length = inputs["input_ids"].shape[1]
-            options = dict(generate_options)
-            if max_total_tokens is not None:
-                room = max(1, max_total_tokens - prompt_length)
-                options["max_new_tokens"] = min(options["max_new_tokens"], room)
+    inputs = tokenizer(
+        list(prompts),
+        padding=padding,
+        max_length=max_prompt_tokens if padding == "max_length" else None,
+        return_token_type_ids=False,
+        return_tensors="pt",
+        verbose=False,
+    ).to(model.device)
+    prompt_length = inputs["input_ids"].shape[1]
+    options = dict(generate_options)
+    if max_total_tokens is not None:
+        room = max(1, max_total_tokens - prompt_length)
+        options["max_new_tokens"] = min(options["max_new_tokens"], room)
 
-            cache = KeyformerCache(model.config, config)
-            after_prompt = _AfterPrompt(cache)
-            if attentions is not None:
-                folder, of_prompt, of_decode = attentions
-                recorder = AttentionRecorder(prompt=of_prompt, decode=of_decode)
-                cache.observer = recorder
-            began = time.perf_counter()
-            output = model.generate(
-                **inputs,
-                past_key_values=cache,
-                stopping_criteria=[after_prompt],
-                return_dict_in_generate=True,
-                output_scores=sequence_scores,
-                **options,
-            )
-            if model.device.type == "cuda":
-                torch.cuda.synchronize(model.device)
-            result.seconds += time.perf_counter() - began
+    cache = KeyformerCache(model.config, config, noise_ids=[*map(noise_id, prompts)])
+    after_prompt = _AfterPrompt(cache)
+    if attentions is not None:
+        file, of_prompt, of_decode = attentions
+        recorder = AttentionRecorder(prompt=of_prompt, decode=of_decode)
+        cache.observer = recorder
+    began = time.perf_counter()
+    output = model.generate(
+        **inputs,
+        past_key_values=cache,
+        stopping_criteria=[after_prompt],
+        return_dict_in_generate=True,
+        output_scores=sequence_scores,
+        **options,
+    )
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    seconds = time.perf_counter() - began
+    if attentions is not None:
+        recorder.save(file)
 
-            new_tokens = output.sequences[:, prompt_length:]
-            lengths = _lengths(ends_text(new_tokens, model, options))
-            result.tokens += int(lengths.sum())
-            result.kv_bytes_prompt.append(after_prompt.bytes or cache.memory_bytes())
-            result.kv_bytes_end.append(cache.memory_bytes())
-            texts = tokenizer.batch_decode(
-                output.sequences if include_prompt else new_tokens,
-                skip_special_tokens=not include_special_tokens,
-            )
-            result.texts += [texts[i : i + returned] for i in range(0, len(texts), returned)]
-            if result.sequence_scores is not None:
-                scores = _sequence_scores(model, output, lengths)
-                result.sequence_scores += [
-                    scores[i : i + returned] for i in range(0, len(scores), returned)
-                ]
-            if attentions is not None:
-                recorder.save(folder / f"{start:06d}.npz")
-            bar.update(len(batch))
-    return result
+    new_tokens = output.sequences[:, prompt_length:]
+    lengths = _lengths(ends_text(new_tokens, model, options))
+    texts = tokenizer.batch_decode(
+        output.sequences if include_prompt else new_tokens,
+        skip_special_tokens=not include_special_tokens,
+    )
+    scores = _sequence_scores(model, output, lengths) if sequence_scores else None
+    share, each = 1 / len(prompts), len(texts) // len(prompts)
+    return [
+        Generated(
+            texts=texts[at : at + each],
+            sequence_scores=None if scores is None else scores[at : at + each],
+            tokens=int(lengths[at : at + each].sum()),
+            seconds=share * seconds,
+            kv_bytes_prompt=share * (after_prompt.bytes or cache.memory_bytes()),
+            kv_bytes_end=share * cache.memory_bytes(),
+        )
+        for at in range(0, len(texts), each)
+    ]
 
 
 def ends_text(tokens: Tensor, model: PreTrainedModel, options: dict[str, Any]) -> Tensor:

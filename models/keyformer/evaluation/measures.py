@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -19,11 +17,11 @@ from transformers.utils import logging
 from keyformer.attention import Attended
 from keyformer.cache import KeyformerCache
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.evaluation.data import TASKS, Item, make_prompt
+from keyformer.evaluation.data import TASKS, Item, make_prompt, prompt_room
 from keyformer.evaluation.generation import generate
+from keyformer.evaluation.identity import Settings, noise_id
 from keyformer.evaluation.rouge import rouge
-from keyformer.evaluation.run import prompt_room
-from keyformer.evaluation.sweep import Labels, PerItem
+from keyformer.evaluation.store import Result
 from keyformer.integration import load_model
 from keyformer.modeling import position_inputs
 
@@ -61,43 +59,42 @@ class OnItems(ABC):
     max_new_tokens: int
 
     depends_on: ClassVar[tuple[str, ...]] = ("dtype", "task", "bs")
-
-    @cached_property
-    def setting(self) -> Labels:
-        """All that the result depends on beside the configuration."""
-        content = hashlib.sha256(json.dumps(self.items, sort_keys=True).encode()).hexdigest()
-        setting = {name: getattr(self, name) for name in self.depends_on}
-        model = {"model": self.path, "weights": fingerprint(self.path)}
-        return {"measure": type(self).__name__, **model, "items": content[:16], **setting}
-
     calls: ClassVar[Any]
-    """How often a run calls the model, about."""
+    """How often an item calls the model, about."""
 
-    @cached_property
-    def cost(self) -> float:
-        """How long a run takes, in no unit: a call counts as much as a document to read."""
-        return self.calls + sum(self._characters) / 2000
+    @property
+    def setting(self) -> Settings:
+        """What the results depend on beside configuration, item, code and device."""
+        return {name: getattr(self, name) for name in self.depends_on}
+
+    @property
+    def contents(self) -> list[Item]:
+        """The items."""
+        return self.items
+
+    @property
+    def costs(self) -> list[float]:
+        """How long each item takes, in no unit: a call counts as much as a document to read."""
+        return [self.calls + characters / 2000 for characters in self._characters]
 
     @property
     def _characters(self) -> list[int]:
         return [len(item[TASKS[self.task].document]) for item in self.items]
 
-    @property
-    def _batches(self) -> int:
-        return -(-len(self.items) // self.bs)
-
     @abstractmethod
-    def __call__(self, config: KeyformerConfig, device: torch.device) -> PerItem:
-        """Measure a configuration, which has a seed."""
+    def __call__(
+        self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
+    ) -> list[Result]:
+        """Measure a configuration, which has a seed, on some items."""
 
     def load(self, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer."""
         return _load(self.path, self.dtype, device)
 
-    def prompts(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """Each item's prompt, cut where the model's table of positions ends."""
+    def prompt(self, item: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+        """An item's prompt, cut where the model's table of positions ends."""
         room = prompt_room(model, self.max_new_tokens)
-        return [make_prompt(item, TASKS[self.task], tokenizer, room) for item in self.items]
+        return make_prompt(self.items[item], TASKS[self.task], tokenizer, room)
 
 
 @dataclass(frozen=True)
@@ -108,29 +105,30 @@ class Rouge(OnItems):
     metrics: ClassVar[tuple[str, ...]] = ("rouge1", "rouge2", "rougeL")
 
     @property
-    def calls(self) -> float:
+    def calls(self) -> int:
         """One a token."""
-        return self._batches * self.max_new_tokens
+        return self.max_new_tokens
 
-    def __call__(self, config: KeyformerConfig, device: torch.device) -> PerItem:
+    def __call__(
+        self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
+    ) -> list[Result]:
         """Generate and score."""
         model, tokenizer = self.load(device)
-        task = TASKS[self.task]
+        task, documents = TASKS[self.task], [self.items[item] for item in items]
         generated = generate(
             model,
             tokenizer,
-            self.prompts(model, tokenizer),
+            [self.prompt(item, model, tokenizer) for item in items],
             config,
             batch_size=self.bs,
-            progress=False,
             num_beams=self.beam,
             max_new_tokens=self.max_new_tokens,
         )
         scores = rouge(
-            [task.scored(i, of[0]) for i, of in zip(self.items, generated.texts, strict=True)],
-            [task.scored(item, task.reference(item)) for item in self.items],
+            [task.scored(item, of.texts[0]) for item, of in zip(documents, generated, strict=True)],
+            [task.scored(item, task.reference(item)) for item in documents],
         )
-        return {metric: [round(of[metric], 4) for of in scores] for metric in self.metrics}
+        return [{metric: round(of[metric], 4) for metric in self.metrics} for of in scores]
 
 
 @dataclass(frozen=True)
@@ -144,16 +142,16 @@ class Likelihood(OnItems):
     @property
     def calls(self) -> float:
         """One a token of half a document; a token has about four characters."""
-        return self._batches * max(self._characters) / 8
+        return max(self._characters) / 8
 
-    def __call__(self, config: KeyformerConfig, device: torch.device) -> PerItem:
+    def __call__(
+        self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
+    ) -> list[Result]:
         """Predict."""
         model, tokenizer = self.load(device)
-        halves = [self._halves(item, tokenizer) for item in self.items]
-        bits: list[float] = []
-        for start in range(0, len(halves), self.bs):
-            bits += self._bits(model, tokenizer, halves[start : start + self.bs], config)
-        return {"bits": bits}
+        halves = [self._halves(self.items[item], tokenizer) for item in items]
+        ids = [noise_id(self.items[item]) for item in items]
+        return [{"bits": bits} for bits in self._bits(model, tokenizer, halves, ids, config)]
 
     def _halves(
         self, item: Item, tokenizer: PreTrainedTokenizerBase
@@ -171,6 +169,7 @@ class Likelihood(OnItems):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         halves: list[tuple[list[int], list[int]]],
+        noise_ids: list[int],
         config: KeyformerConfig,
     ) -> list[float]:
         first = tokenizer.pad(
@@ -182,7 +181,7 @@ class Likelihood(OnItems):
             second[row, : len(rest)] = torch.tensor(rest)
         second, lengths = second.to(model.device), lengths.to(model.device)
         real = torch.arange(second.shape[1], device=model.device) < lengths[:, None]
-        cache = KeyformerCache(model.config, config)
+        cache = KeyformerCache(model.config, config, noise_ids)
         cache.max_new_tokens = second.shape[1]  # T of Eq. 10
         places = position_inputs(model, first["attention_mask"])
         logits = model(**first, **places, past_key_values=cache, logits_to_keep=1).logits
@@ -212,19 +211,20 @@ class Attention(OnItems):
 
     depends_on = ("dtype", "task", "max_new_tokens")
 
-    @property
-    def calls(self) -> float:
-        """Documents are read one by one."""
-        return 2 * len(self.items)
+    calls = 2
 
-    def __call__(self, config: KeyformerConfig, device: torch.device) -> PerItem:
+    def __call__(
+        self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
+    ) -> list[Result]:
         """Attend."""
         model, tokenizer = self.load(device)
-        found: PerItem = {}
-        for item, prompt in zip(self.items, self.prompts(model, tokenizer), strict=True):
-            for name, value in self._of(item, prompt, model, tokenizer, config).items():
-                found.setdefault(name, []).append(round(value, 4))
-        return found
+        found = (
+            self._of(
+                self.items[item], self.prompt(item, model, tokenizer), model, tokenizer, config
+            )
+            for item in items
+        )
+        return [{name: round(value, 4) for name, value in of.items()} for of in found]
 
     def _of(
         self,
@@ -280,15 +280,22 @@ class Softmax(OnItems):
     depends_on = ("dtype", "task", "max_new_tokens", "layer", "head")
     calls = 2
 
-    def __call__(self, config: KeyformerConfig, device: torch.device) -> PerItem:
+    @property
+    def contents(self) -> list[Item]:
+        """The first item."""
+        return self.items[:1]
+
+    def __call__(
+        self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
+    ) -> list[Result]:
         """Attend."""
         model, tokenizer = self.load(device)
-        prompt = self.prompts(model, tokenizer)[0]
+        prompt = self.prompt(0, model, tokenizer)
         reference = TASKS[self.task].reference(self.items[0])
         read = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
         written = tokenizer(reference, add_special_tokens=False, return_tensors="pt")["input_ids"]
         seen: dict[int, Attended] = {}
-        cache = KeyformerCache(model.config, config)
+        cache = KeyformerCache(model.config, config, [noise_id(self.items[0])])
         cache.max_new_tokens = self.max_new_tokens
         with torch.no_grad():
             model(**read, past_key_values=cache, logits_to_keep=1)
@@ -305,10 +312,12 @@ class Softmax(OnItems):
         heads, kv_heads = attended.weights.shape[1], attended.positions.shape[1]
         positions = attended.positions[0, self.head * kv_heads // heads]
         order = positions.argsort()[(positions < 0).sum() :]
-        return {
-            "position": positions[order].tolist(),
-            "weight": [round(weight, 7) for weight in weights[order].tolist()],
-        }
+        return [
+            {
+                "position": positions[order].tolist(),
+                "weight": [round(weight, 7) for weight in weights[order].tolist()],
+            }
+        ]
 
 
 @lru_cache(maxsize=1)
@@ -317,16 +326,3 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     logging.disable_progress_bar()  # there is one over the runs
     return load_model(path, dtype=dtype, device=device)
-
-
-@lru_cache
-def fingerprint(path: str) -> str:
-    """Tells a checkpoint from another one in the same folder: names, sizes and beginnings."""
-    digest = hashlib.sha256()
-    folder = Path(path)
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix in (".json", ".safetensors", ".bin"):
-            with file.open("rb") as content:
-                digest.update(f"{file.name} {file.stat().st_size}".encode())
-                digest.update(content.read(2**20))
-    return digest.hexdigest()[:16]

@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 
 from keyformer.config import InputError
+from keyformer.evaluation.store import Source
 
 LIBRARIES = ("keyformer", "torch", "transformers", "accelerate", "rouge-score", "numpy")
 
@@ -86,17 +87,38 @@ def write_picture(path: Path, figure: Any) -> None:
 
 
 def run_record(device: torch.device | str) -> dict[str, Any]:
-    """How a result came about: command, time, commit, library versions, hardware.
+    """How a result of this very process came about: :func:`source`, command and time.
 
     Parameters
     ----------
     device
         Where the model is.
     """
-    device = torch.device(device)
+    return record([(source(torch.device(device)), 1)])
+
+
+def record(sources: Sequence[tuple[Source, int]]) -> dict[str, Any]:
+    """How a result came about: command, time, and whence its items are.
+
+    Parameters
+    ----------
+    sources
+        Where items were computed and how many there, the most frequent first. Commit, versions
+        and device are the first's; others are listed as "elsewhere", each with its items.
+    """
+    (most, _), *others = sources or [({}, 0)]
+    elsewhere = [{"items": count, **other} for other, count in others]
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **most,
+        **({"elsewhere": elsewhere} if elsewhere else {}),
+    }
+
+
+def source(device: torch.device) -> Source:
+    """Where this process computes: commit, library versions, hardware."""
+    return {
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in LIBRARIES},

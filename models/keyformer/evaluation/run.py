@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
-from keyformer.evaluation.data import TASKS, Item, Task, load_items, make_prompt, sample
+from keyformer.evaluation.data import (
+    TASKS,
+    Item,
+    Task,
+    load_items,
+    make_prompt,
+    prompt_room,
+    sample,
+)
 from keyformer.evaluation.generation import Generated, generate
+from keyformer.evaluation.identity import environment, weights_hash
+from keyformer.evaluation.processes import is_main, own_device
 from keyformer.evaluation.results import (
     check_writable,
     peak_memory_bytes,
-    run_record,
+    record,
     write_json,
     write_text,
 )
 from keyformer.evaluation.rouge import mean, rouge
+from keyformer.evaluation.store import Result, Store
+from keyformer.evaluation.work import Job, finish
 from keyformer.integration import load_model
 from keyformer.quantize import weight_bytes
 
@@ -60,24 +73,94 @@ def run_and_report(flags: argparse.Namespace) -> None:
     print(f"{result['model']}, {result['method']}:")
     for name in ("rouge1", "rouge2", "rougeL", "rougeLsum", "tokens_per_second", "kv_bytes_end"):
         print(f"  {name:18} {result[name]:,}")
+    if result["items_from_store"]:
+        print(f"  {result['items_from_store']:,} of {result['items']:,} items were done before")
     print(f"texts in {flags.save_path}, scores and record in {flags.score_path}")
 
 
 def load(flags: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer that the flags ask for.
+    """The model and tokenizer that the flags ask for, on this process's own device.
 
     Raises
     ------
     InputError
         As :func:`keyformer.load_model` does.
     """
+    device = own_device(flags.device)
+    if flags.model_parallelize and PartialState().num_processes > 1:
+        raise InputError("--model_parallelize takes every GPU, so one process has to be launched")
     return load_model(
         flag.model_path(flags),
         dtype=flag.model_dtype(flags),
-        device=flags.device,
+        device=device,
         device_map="auto" if flags.model_parallelize else None,
         quantize=flags.quantize,
         use_fast_tokenizer=not flags.use_slow_tokenizer,
+    )
+
+
+def generation(
+    flags: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    config: KeyformerConfig,
+    seed: int,
+    attentions: tuple[Path, bool, bool] | None = None,
+    **options: Any,
+) -> Job:
+    """What generates for prompts, and all that the texts, their time and memory depend on.
+
+    Parameters
+    ----------
+    flags
+        Those of the model, and ``bs``.
+    config
+        The method; its seed does not matter.
+    seed
+        Of what is drawn.
+    attentions
+        A folder for the weights of each batch, and which: see
+        :func:`keyformer.evaluation.generation.generate_batch`.
+    options
+        Those of that function.
+    """
+    draws = config.draws_noise or options.get("do_sample", False)
+    config = replace(config, seed=seed if config.draws_noise else None)
+
+    def compute(items: Sequence[int]) -> list[Result]:
+        more = dict(options)
+        if attentions is not None:
+            folder, *which = attentions
+            more["attentions"] = (folder / f"{items[0]:06d}.npz", *which)
+        found = generate(
+            model,
+            tokenizer,
+            [prompts[item] for item in items],
+            config,
+            batch_size=flags.bs,
+            seed=seed,
+            **more,
+        )
+        return [asdict(generated) for generated in found]
+
+    return Job(
+        settings={
+            "weights": weights_hash(flag.model_path(flags)),
+            "dtype": str(model.dtype),
+            "quantize": flags.quantize,
+            "slow tokenizer": flags.use_slow_tokenizer,
+            "padding side": tokenizer.padding_side,
+            "config": asdict(config),
+            "seed": seed if draws else None,
+            "bs": flags.bs,
+            **options,
+            **environment(model.device, generate.__module__),
+        },
+        items=prompts,
+        compute=compute,
+        batch_size=flags.bs,
+        costs=None if attentions else [len(prompt) for prompt in prompts],
     )
 
 
@@ -85,7 +168,8 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     """Generate for a dataset under one method, score it, write the results.
 
     Writes ``--save_path`` with one generated text a line, ``--score_path`` with ROUGE and
-    the run's record, and attention weights where asked for.
+    the run's record, and attention weights where asked for. Items that ``--store`` has are not
+    generated again; if the run is stopped, what is done is written.
 
     Returns
     -------
@@ -96,6 +180,8 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     ------
     InputError
         If a flag, the dataset, the model or an output path cannot be used.
+    KeyboardInterrupt
+        If the run was stopped.
     """
     method, config = flag.method_config(flags)
     flag.check_task_flags(flags)
@@ -106,6 +192,7 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     if saves_attentions:
         check_writable(flags.attentions_path, folder=True)
     items = sample(load_items(flags.dataset_path, task), flags.n_obs, flags.seed)
+    store = Store(flags.store)
     model, tokenizer = load(flags)
     tokenizer.padding_side = flags.padding_side
 
@@ -114,28 +201,37 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     if flags.no_truncation:
         check_lengths(items, task, tokenizer, room)
         longest = None
-    set_seed(flags.seed)
-    generated = generate(
+    job = generation(
+        flags,
         model,
         tokenizer,
         [make_prompt(item, task, tokenizer, longest) for item in items],
         config,
-        batch_size=flags.bs,
-        padding=flags.padding,
-        max_prompt_tokens=longest,
-        max_total_tokens=flags.max_gen_length,
-        include_prompt=not flags.output_summaries_only,
-        include_special_tokens=flags.include_special_tokens,
-        sequence_scores=flags.output_sequence_scores,
+        flags.seed,
         attentions=(
             (flags.attentions_path, flags.save_prompt_attentions, flags.save_attentions)
             if saves_attentions
             else None
         ),
+        padding=flags.padding,
+        max_prompt_tokens=longest if flags.padding == "max_length" else None,
+        max_total_tokens=flags.max_gen_length,
+        include_prompt=not flags.output_summaries_only,
+        include_special_tokens=flags.include_special_tokens,
+        sequence_scores=flags.output_sequence_scores,
         **flag.generate_options(flags),
     )
+    resume = flags.resume and not saves_attentions
+    stopped, kept = None, 0
+    try:
+        kept = finish([job], store, model.device, resume=resume, unit="doc")
+    except KeyboardInterrupt as stop:
+        stopped = stop
+    found = generated(job, store)
     result = {
-        **summary(generated, items, task),
+        **summary([*found.values()], [items[item] for item in found], task),
+        "unfinished": len(items) - len(found),
+        "items_from_store": kept,
         "model": flags.model_name if not flags.model_path else Path(flags.model_path).name,
         "task": flags.task,
         "method": method,
@@ -143,42 +239,24 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantize": flags.quantize,
         "weight_bytes": weight_bytes(model),
-        **run_record(model.device),
+        **record(store.sources(job.keys)),
         "peak_memory_bytes": peak_memory_bytes(model.device),
     }
-    if generated.sequence_scores is not None:
-        result["sequence_scores"] = generated.sequence_scores
-    lines = [" ".join(text.split()) for texts in generated.texts for text in texts]
-    write_text(flags.save_path, "".join(line + "\n" for line in lines))
-    write_json(flags.score_path, result)
+    if flags.output_sequence_scores:
+        result["sequence_scores"] = [of.sequence_scores for of in found.values()]
+    if is_main() and found:
+        lines = [" ".join(text.split()) for of in found.values() for text in of.texts]
+        write_text(flags.save_path, "".join(line + "\n" for line in lines))
+        write_json(flags.score_path, result)
+    if stopped is not None:
+        raise stopped
     return result
 
 
-def prompt_room(
-    model: PreTrainedModel, max_new_tokens: int, config: KeyformerConfig | None = None
-) -> int | None:
-    """The longest prompt in tokens, so that what is generated has positions too; None is any.
-
-    Parameters
-    ----------
-    config
-        The method: with new positions and prompts in chunks, only the cache has to fit.
-
-    Raises
-    ------
-    InputError
-        If the model's table of positions has no room for a prompt.
-    """
-    table = model.get_decoder().position_table
-    chunks_move = config and config.positions == "new" and config.prefill_chunk
-    if table is None or chunks_move:
-        return None
-    room = table - max_new_tokens + 1  # the last generated token is not fed back
-    if room < 1:
-        raise InputError(
-            f"max_new_tokens must be at most the model's {table} positions, got {max_new_tokens}"
-        )
-    return room
+def generated(job: Job, store: Store) -> dict[int, Generated]:
+    """What the store has of a :func:`generation`, by the number of the item, in their order."""
+    found = store.results(job.keys)
+    return {item: Generated(**found[key]) for item, key in enumerate(job.keys) if key in found}
 
 
 def check_lengths(
@@ -202,27 +280,32 @@ def check_lengths(
             )
 
 
-def summary(generated: Generated, items: Sequence[Item], task: Task) -> dict[str, Any]:
-    """The figures of a run.
+def summary(found: Sequence[Generated], items: Sequence[Item], task: Task) -> dict[str, Any]:
+    """The figures of a run over items, of which there may be none.
 
     Returns
     -------
     dict
-        rouge1, rouge2, rougeL and rougeLsum of each prompt's best text, times 100; gen_len,
-        characters over all texts, and gen_num, their number, as MLPerf counts them;
-        gen_tokens; seconds; tokens_per_second; and kv_bytes_prompt and kv_bytes_end, what
-        the cache occupied after the prompt and at the end, beams included, for each prompt.
+        items, their number; rouge1, rouge2, rougeL and rougeLsum of each prompt's best text, times
+        100; gen_len, characters over all texts, and gen_num, their number, as MLPerf counts them;
+        gen_tokens; seconds in ``generate``, over all processes; tokens_per_second of one; and
+        kv_bytes_prompt and kv_bytes_end, what the cache occupied after the prompt and at the end,
+        beams included, for each prompt.
     """
-    best = [task.scored(item, of[0]) for item, of in zip(items, generated.texts, strict=True)]
+    if not found:
+        return {"items": 0}
+    best = [task.scored(item, of.texts[0]) for item, of in zip(items, found, strict=True)]
     references = [task.scored(item, task.reference(item)) for item in items]
-    texts = [text for several in generated.texts for text in several]
+    texts = [text for of in found for text in of.texts]
+    tokens, seconds = sum(of.tokens for of in found), sum(of.seconds for of in found)
     return {
+        "items": len(found),
         **mean(rouge(best, references)),
         "gen_len": sum(len(text) for text in texts),
         "gen_num": len(texts),
-        "gen_tokens": generated.tokens,
-        "seconds": round(generated.seconds, 3),
-        "tokens_per_second": round(generated.tokens / generated.seconds, 2),
-        "kv_bytes_prompt": round(sum(generated.kv_bytes_prompt) / len(references)),
-        "kv_bytes_end": round(sum(generated.kv_bytes_end) / len(references)),
+        "gen_tokens": tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 2),
+        "kv_bytes_prompt": round(sum(of.kv_bytes_prompt for of in found) / len(found)),
+        "kv_bytes_end": round(sum(of.kv_bytes_end for of in found) / len(found)),
     }

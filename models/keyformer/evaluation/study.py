@@ -17,26 +17,27 @@ from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import TASKS, Item, load_items, sample
 from keyformer.evaluation.measures import OnItems, Rouge
+from keyformer.evaluation.processes import is_main
 from keyformer.evaluation.results import (
     check_writable,
-    run_record,
+    record,
     write_json,
     write_picture,
     write_text,
 )
 from keyformer.evaluation.sweep import (
     Cell,
+    Found,
     Labels,
     Measure,
     Request,
     Row,
     Run,
     Steps,
-    Store,
     carry_out,
+    sources,
     summarize,
 )
-from keyformer.integration import check_device
 
 ROOT = Path(__file__).parents[3]
 BUNDLED = {
@@ -93,13 +94,11 @@ class Study:
         parser.add_argument("--model_path", nargs="+", help="default: the bundled models")
         parser.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
         parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the noise")
-        parser.add_argument("--device", help="default: every GPU, or the CPU if there is none")
+        parser.add_argument("--device", help="default: a GPU for each process, or the CPU")
         parser.add_argument("--dtype", default="float32")
         parser.add_argument("--bs", type=int, default=8, help="batch size")
-        parser.add_argument(
-            "--jobs", type=int, default=1, help="processes, in turn on each GPU (default: 1)"
-        )
         parser.add_argument("--out", type=Path, help="default: paper/results")
+        flag.store_flags(parser, None)
         parser.add_argument(
             "--quick",
             action="store_true",
@@ -109,7 +108,7 @@ class Study:
             _generation_flags(parser)
         more_flags(parser)
         flags = parser.parse_args(self.argv)
-        for option in ("bs", "beam", "max_new_tokens", "jobs"):
+        for option in ("bs", "beam", "max_new_tokens"):
             value = getattr(flags, option, None)
             if value is not None and value < 1:
                 raise InputError(f"--{option} must be at least 1, got {value}")
@@ -121,7 +120,9 @@ class Study:
                 flags.max_new_tokens = flags.max_new_tokens or QUICK["max_new_tokens"]
         flags.model_path = flags.model_path or bundled
         flags.out = flags.out or ROOT / "paper" / "results" / ("quick" if flags.quick else "")
+        flags.store = flags.store or flags.out / "measured.sqlite"
         self.flags = flags
+        self.found: list[Found] = []
         check_writable(self._file("json"))
         self.items = self._load(items) if generates else {}
 
@@ -184,7 +185,7 @@ class Study:
         cells: Iterable[Cell],
         measures: Mapping[Panel, OnItems] | None = None,
         seeds: Sequence[int] | None = None,
-    ) -> Generator[Request, Store, Results]:
+    ) -> Generator[Request, Found, Results]:
         """Every cell in every panel; what is in the store is not measured again.
 
         Parameters
@@ -205,17 +206,17 @@ class Study:
         self,
         asked: Mapping[Panel, Sequence[tuple[Cell, Measure]]],
         seeds: Sequence[int] | None = None,
-    ) -> Generator[Request, Store, Results]:
+    ) -> Generator[Request, Found, Results]:
         """In each panel cells that are measured each by a measure of its own."""
         runs = {
             panel: [(cell, self.runs(cell.config, measure, seeds)) for cell, measure in pairs]
             for panel, pairs in asked.items()
         }
-        store = yield self.request(
+        found = yield from self.find(
             run for of_panel in runs.values() for _, of_cell in of_panel for run in of_cell
         )
         return {
-            panel: [summarize(cell, [store[run] for run in of_cell]) for cell, of_cell in of_panel]
+            panel: [summarize(cell, [found[run] for run in of_cell]) for cell, of_cell in of_panel]
             for panel, of_panel in runs.items()
         }
 
@@ -227,10 +228,12 @@ class Study:
         used = seeds if config.draws_noise else seeds[:1]
         return [Run(measure, replace(config, seed=seed)) for seed in used]
 
-    def request(self, runs: Iterable[Run]) -> Request:
-        """What to yield in order to have the runs measured."""
+    def find(self, runs: Iterable[Run]) -> Generator[Request, Found, Found]:
+        """Have runs measured."""
         flags = self.flags
-        return Request(list(runs), flags.out / "measured.jsonl", flags.jobs, flags.device)
+        found = yield Request(list(runs), flags.store, flags.device, flags.resume)
+        self.found.append(found)
+        return found
 
     def write(self, results: Results, figure: Figure, part: str = "") -> None:
         """The rows as CSV and, with how they came about, as JSON; the picture as PNG and SVG.
@@ -252,6 +255,8 @@ class Study:
 
     def write_table(self, table: list[Labels], records: list[Labels], part: str = "") -> None:
         """``table`` as CSV; ``records``, its lines with their settings, in the JSON record."""
+        if not is_main():
+            return
         text = io.StringIO()
         columns = dict.fromkeys(name for line in table for name in line)
         writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
@@ -265,12 +270,14 @@ class Study:
             settings["max_new_tokens"] = {
                 task: self.flags.max_new_tokens or TASKS[task].max_new_tokens for task in self.items
             }
-        record = run_record(check_device(self.flags.device))
-        record["command"] = shlex.join(["python", f"paper/{self.name}.py", *self.argv])
-        write_json(self._file("json", part), {**record, **settings, "rows": records})
+        came = record(sources(self.found))
+        came["command"] = shlex.join(["python", f"paper/{self.name}.py", *self.argv])
+        write_json(self._file("json", part), {**came, **settings, "rows": records})
 
     def draw(self, figure: Figure, part: str = "") -> None:
         """The picture as PNG and SVG."""
+        if not is_main():
+            return
         for kind in ("png", "svg"):
             write_picture(self._file(kind, part), figure)
         print(f"table, record and picture: {self._file('{csv,json,png,svg}', part)}")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import threading
-from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from keyformer.config import InputError, KeyformerConfig
-from keyformer.integration import check_device
+from keyformer.config import KeyformerConfig
+from keyformer.evaluation.identity import Settings, environment, weights_hash
+from keyformer.evaluation.processes import own_device
+from keyformer.evaluation.store import Result, Source, Store
+from keyformer.evaluation.work import Job, finish
 
 Labels = dict[str, Any]
 PerItem = dict[str, list[float]]
@@ -33,15 +30,29 @@ class Measure(Protocol):
     """What is measured of a configuration: :mod:`keyformer.evaluation.measures` has them."""
 
     @property
-    def setting(self) -> Labels:
-        """All that the result depends on beside the configuration."""
+    def setting(self) -> Settings:
+        """All that the results depend on beside configuration, item, code and device."""
 
     @property
-    def cost(self) -> float:
-        """How long a run takes, in no unit."""
+    def contents(self) -> Sequence[Any]:
+        """What the items are, JSON-like."""
 
-    def __call__(self, config: KeyformerConfig, device: torch.device) -> PerItem:
-        """The measurement."""
+    @property
+    def costs(self) -> Sequence[float]:
+        """How long each item takes, in no unit."""
+
+    @property
+    def path(self) -> str:
+        """The model's."""
+
+    @property
+    def bs(self) -> int:
+        """Items measured at a time."""
+
+    def __call__(
+        self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
+    ) -> Sequence[Result]:
+        """The measurement of some items, by their numbers: for each metric a value or a list."""
 
 
 def plain(value: Any) -> Any:
@@ -56,11 +67,26 @@ class Run:
     measure: Measure
     config: KeyformerConfig
 
-    @cached_property
-    def key(self) -> str:
-        """What tells this measurement from others, as JSON."""
-        settings = {name: plain(value) for name, value in asdict(self.config).items()}
-        return json.dumps({**self.measure.setting, **settings}, sort_keys=True)
+    def job(self, device: torch.device) -> Job:
+        """It as work on items, for a process that computes on this device."""
+        measure, config = self.measure, self.config
+        settings = {name: plain(value) for name, value in asdict(config).items()}
+        if not config.draws_noise:
+            settings["seed"] = None
+        return Job(
+            settings={
+                "measure": type(measure).__name__,
+                "weights": weights_hash(measure.path),
+                **measure.setting,
+                **settings,
+                **environment(device, type(measure).__module__),
+            },
+            items=measure.contents,
+            compute=lambda items: measure(config, device, items),
+            batch_size=measure.bs,
+            costs=measure.costs,
+            group=measure.path,
+        )
 
 
 @dataclass(frozen=True)
@@ -124,203 +150,110 @@ def summarize(cell: Cell, by_seed: Sequence[PerItem]) -> Row:
     return Row(cell.labels, cell.config, len(by_seed), per_item, values)
 
 
-class Store:
-    """Finished measurements in a file, one JSON object a line, each added as it is done.
+class Found:
+    """What runs measured, and how their results came about.
 
-    Raises
-    ------
-    InputError
-        If the file holds something else.
+    Attributes
+    ----------
+    keys
+        Of all their items in the store.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.done: dict[str, PerItem] = {}
-        if not path.exists():
-            return
-        content = path.read_text()
-        whole = content[: content.rfind("\n") + 1]  # a kill can cut the last line short
-        try:
-            for line in whole.splitlines():
-                entry = json.loads(line)
-                self.done[json.dumps(entry["key"], sort_keys=True)] = entry["per_item"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is not a file of finished measurements") from error
-        if whole != content:
-            path.write_text(whole)
-
-    def __contains__(self, run: Run) -> bool:
-        return run.key in self.done
+    def __init__(self, jobs: Mapping[Run, Job], store: Store) -> None:
+        self.keys = [key for job in jobs.values() for key in job.keys]
+        results = store.results(self.keys)
+        self.per_item = {
+            run: _joined([results[key] for key in job.keys]) for run, job in jobs.items()
+        }
+        self.store = store
 
     def __getitem__(self, run: Run) -> PerItem:
-        return self.done[run.key]
+        return self.per_item[run]
 
-    def add(self, run: Run, per_item: PerItem) -> None:
-        """Remember a measurement, also after the process is killed."""
-        line = json.dumps({"key": json.loads(run.key), "per_item": per_item})
-        try:
-            with self.path.open("a") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror or error}") from error
-        self.done[run.key] = per_item
+
+def sources(found: Iterable[Found]) -> list[tuple[Source, int]]:
+    """Where all items of several requests were measured, and how many there."""
+    stores: dict[Store, dict[str, None]] = {}
+    for of in found:
+        stores.setdefault(of.store, {}).update(dict.fromkeys(of.keys))
+    counted = [entry for store, keys in stores.items() for entry in store.sources(keys)]
+    return sorted(counted, key=lambda entry: -entry[1])
+
+
+def _joined(results: Sequence[Result]) -> PerItem:
+    """Each metric's values over items, of which each has one or several."""
+    return {
+        metric: [value for of in results for value in np.atleast_1d(of[metric]).tolist()]
+        for metric in results[0]
+    }
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a study asks for: to be resumed with the store once all runs are in it.
+    """What a study asks for: to be resumed with what was found once all runs are done.
 
     Attributes
     ----------
     store
         The store's file.
-    jobs
-        Processes that measure; with 1 it is this one.
     device
-        Where models run; None or "cuda" spreads the processes over all GPUs.
+        Where models run; None or "cuda" gives each process a GPU of its own.
+    resume
+        Whether results that the store has count.
     """
 
     runs: list[Run]
     store: Path
-    jobs: int
     device: str | None
+    resume: bool = True
+
+    @property
+    def where(self) -> tuple[Path, str | None, bool]:
+        """All but the runs."""
+        return self.store, self.device, self.resume
 
 
-Steps = Generator[Request, Store, None]
+Steps = Generator[Request, Found, None]
 """A study at work: it yields requests, and ends when its results are written."""
 
 
 def carry_out(studies: Iterable[Steps]) -> None:
-    """Run studies to their ends, what they ask for measured from one queue.
+    """Run studies to their ends, what they ask for measured round by round.
 
-    Runs that take long start first, and a run that several studies ask for is done once.
+    In a round the items of all runs are one list, shared by all processes; a run that several
+    studies ask for is done once.
 
     Raises
     ------
     InputError
         If a study, a run or a store raises it; what was measured before stays in the store.
+    KeyboardInterrupt
+        If the process is to stop; that too.
     """
     stores: dict[Path, Store] = {}
-    asked: list[tuple[Steps, Request]] = []
-    for study in studies:
-        _resume(study, None, asked)
-    if not asked:
-        return
-    workers = _Workers(asked[0][1].jobs, asked[0][1].device)
-    known: set[str] = set()
-    with workers, tqdm(unit="run", smoothing=0) as bar:
-
-        def enqueue(request: Request) -> None:
-            store = stores.setdefault(request.store, Store(request.store))
-            for run in request.runs:
-                if run not in store and run.key not in known:
-                    known.add(run.key)
-                    workers.add(run, store)
-            bar.total = len(known)
-            bar.refresh()
-
-        for _, request in asked:
-            enqueue(request)
-        while asked:
-            served = next(
-                (
-                    entry
-                    for entry in asked
-                    if all(run in stores[entry[1].store] for run in entry[1].runs)
-                ),
-                None,
-            )
-            if served is None:
-                run, store, per_item = workers.result()
-                store.add(run, per_item)
-                bar.update()
+    begun: set[str] = set()
+    asked = [(study, request) for study in studies if (request := next(study, None)) is not None]
+    while asked:
+        answers = []
+        for where in dict.fromkeys(request.where for _, request in asked):
+            path, device_name, resume = where
+            device = own_device(device_name)
+            store = stores.setdefault(path, Store(path))
+            for study, request in asked:
+                if request.where == where:
+                    jobs = {run: run.job(device) for run in request.runs}
+                    answers.append((study, jobs, store))
+            jobs_here = [job for _, of, at in answers if at is store for job in of.values()]
+            # What this very call has measured counts in any case.
+            new = [job for job in jobs_here if not begun.issuperset(job.keys)]
+            begun.update(key for job in new for key in job.keys)
+            if new:
+                finish(new, store, device, resume=resume)
+        asked = []
+        for study, jobs, store in answers:
+            try:
+                asked.append((study, study.send(Found(jobs, store))))
+            except StopIteration:
                 continue
-            asked.remove(served)
-            bar.clear()
-            before = len(asked)
-            _resume(served[0], stores[served[1].store], asked)
-            for _, request in asked[before:]:
-                enqueue(request)
-
-
-def _resume(study: Steps, store: Store | None, asked: list[tuple[Steps, Request]]) -> None:
-    try:
-        request = next(study) if store is None else study.send(store)
-    except StopIteration:
-        return
-    asked.append((study, request))
-
-
-class _Workers:
-    """A queue of runs, the longest first, and the processes that take from it."""
-
-    def __init__(self, jobs: int, device: str | None) -> None:
-        self.jobs = jobs
-        where = check_device(device)
-        self.devices = [where]
-        if where.type == "cuda" and where.index is None:
-            self.devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-        self.queue: list[tuple[Run, Store]] = []
-        self.running: dict[Future[PerItem], tuple[Run, Store]] = {}
-        self.pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> _Workers:
-        if self.jobs > 1:
-            context = multiprocessing.get_context("spawn")
-            numbers = context.Queue()
-            for number in range(self.jobs):
-                numbers.put(number)
-            self.pool = ProcessPoolExecutor(
-                self.jobs, context, _begin_worker, (numbers, self.devices, self.jobs)
-            )
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-
-    def add(self, run: Run, store: Store) -> None:
-        self.queue.append((run, store))
-        # Runs on the same model stay together: a process holds one at a time.
-        self.queue.sort(
-            key=lambda entry: (-entry[0].measure.cost, entry[0].measure.setting["model"])
-        )
-
-    def result(self) -> tuple[Run, Store, PerItem]:
-        """The next finished run."""
-        if self.pool is None:
-            run, store = self.queue.pop(0)
-            return run, store, run.measure(run.config, self.devices[0])
-        # Enough in advance that processes stay busy while a study draws its figure.
-        while self.queue and len(self.running) < 4 * self.jobs:
-            run, store = self.queue.pop(0)
-            self.running[self.pool.submit(_work, run)] = run, store
-        done = next(iter(wait(self.running, return_when=FIRST_COMPLETED).done))
-        run, store = self.running.pop(done)
-        return run, store, done.result()
-
-
-_worker_device = torch.device("cpu")
-
-
-def _begin_worker(numbers: Any, devices: list[torch.device], jobs: int) -> None:
-    """Take a device in turn, and end with the parent, also where that is killed."""
-    global _worker_device
-    _worker_device = devices[numbers.get() % len(devices)]
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def _work(run: Run) -> PerItem:
-    try:
-        return run.measure(run.config, _worker_device)
-    finally:
-        if _worker_device.type == "cuda":
-            torch.cuda.empty_cache()  # the other processes on this GPU need it
+    for store in stores.values():
+        store.close()

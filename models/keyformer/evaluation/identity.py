@@ -1,0 +1,161 @@
+"""What makes a result what it is: the weights, the settings, the item, and the code that computes.
+
+Two results under one key are the same; change anything that could change one, and so does the key.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import platform
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import cached_file
+
+from keyformer.config import InputError
+from keyformer.integration import PACKAGES
+
+Settings = dict[str, Any]
+
+LIBRARIES = ("torch", "transformers")
+"""Whose versions can change a result."""
+
+LOADERS = ("keyformer.integration", *PACKAGES.values())
+"""What loads and computes every model."""
+
+
+def item_key(settings: Settings, item: Any) -> str:
+    """What a result of an item (JSON-like) under these settings is kept under."""
+    return digest([settings, item])
+
+
+def digest(content: Any) -> str:
+    """A hash of JSON-like content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def noise_id(content: Any) -> int:
+    """Which noise an item draws, below 2**32, by its content alone."""
+    return int(digest(content)[:8], 16)
+
+
+def environment(device: torch.device, *modules: str) -> Settings:
+    """What of libraries, hardware and this project's code can change a result.
+
+    Parameters
+    ----------
+    device
+        Where it is computed; of a GPU its name counts, of a CPU its architecture.
+    modules
+        Names of the modules that compute it, beside those that load models.
+    """
+    where = platform.machine()
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    return {
+        "code": code_hash(*LOADERS, *modules),
+        "device": f"{device.type}: {where}",
+        **{name: version(name) for name in LIBRARIES},
+    }
+
+
+@lru_cache
+def code_hash(*modules: str) -> str:
+    """A hash of what modules of this project, and all of it that they import, do.
+
+    Comments, docstrings and layout do not count.
+    """
+    found: dict[str, str] = {}
+    asked = list(modules)
+    while asked:
+        name = asked.pop()
+        source = _source(name)
+        if name in found or source is None:
+            continue
+        tree = ast.parse(source.read_bytes())
+        found[name] = _without_docstrings(tree)
+        asked += _imported(tree)
+        asked += [name.rpartition(".")[0]] if "." in name else []
+    return digest(found)
+
+
+def _source(name: str) -> Path | None:
+    """The file of a module of this project; None if it is another's."""
+    spec = find_spec(name) if name.split(".")[0] in _project() else None
+    return Path(spec.origin) if spec is not None and spec.origin else None
+
+
+@lru_cache
+def _project() -> frozenset[str]:
+    """The packages beside this one."""
+    return frozenset(path.parent.name for path in Path(__file__).parents[2].glob("*/__init__.py"))
+
+
+def _imported(tree: ast.AST) -> Iterable[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            # What is imported from a package may be a module.
+            for alias in node.names:
+                if (Path(*node.module.split(".")) / alias.name).parts[0] in _project():
+                    yield from _if_module(f"{node.module}.{alias.name}")
+
+
+def _if_module(name: str) -> Iterable[str]:
+    try:
+        if find_spec(name) is not None:
+            yield name
+    except ModuleNotFoundError:  # its parent is a module, no package
+        return
+
+
+def _without_docstrings(tree: ast.Module) -> str:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [line for line in body if not _is_text(line)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_text(line: ast.stmt) -> bool:
+    return (
+        isinstance(line, ast.Expr)
+        and isinstance(line.value, ast.Constant)
+        and isinstance(line.value.value, str)
+    )
+
+
+@lru_cache
+def weights_hash(path: str) -> str:
+    """Tells a checkpoint from every other: a hash of its files, or the hub's commit of it.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be read.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        # A commit of the hub names its content; load_model says what is wrong where there is none.
+        config = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)
+        return f"{path}@{Path(config).parent.name}" if config else path
+    files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
+    hashes = {}
+    for file in files:
+        if file.is_file() and file.suffix != ".md":
+            try:
+                with file.open("rb") as content:
+                    name = str(file.relative_to(folder))
+                    hashes[name] = hashlib.file_digest(content, "sha256").hexdigest()
+            except OSError as error:
+                raise InputError(f"cannot read {file}: {error.strerror or error}") from error
+    return digest(hashes)
