@@ -8,12 +8,13 @@ import json
 import math
 import os
 import shutil
-import signal
+import sqlite3
 import subprocess
 import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from originals import write_original
 from keyformer import InputError, KeyformerCache, KeyformerConfig, load_model
 from keyformer.evaluation import measures
 from keyformer.evaluation.data import TASKS
+from keyformer.evaluation.identity import weights_hash
 from keyformer.evaluation.measures import Attention, Likelihood, Rouge, Softmax
 from keyformer.evaluation.sweep import Cell, Request, Row, Run, Steps, carry_out, summarize
 from keyformer.evaluation.tables import alike, difference
@@ -80,9 +82,9 @@ def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 def test_all_together_are_quick_and_complete(tmp_path) -> None:
-    """paper/all.sh --quick in two processes: every script writes its files, once and again."""
+    """paper/all.sh --quick: every script writes its files."""
     out = tmp_path / "out"
-    command = [str(ROOT / "paper" / "all.sh"), "--quick", "--jobs", "2", "--device", "cpu"]
+    command = [str(ROOT / "paper" / "all.sh"), "--quick", "--device", "cpu"]
     command += ["--out", str(out)]
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -102,9 +104,6 @@ def test_all_together_are_quick_and_complete(tmp_path) -> None:
         assert record["command"].startswith(f"python paper/{name.removesuffix('c')}.py ")
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"</svg>" in (out / f"{name}.svg").read_bytes()
-    keys = [json.loads(line)["key"] for line in (out / "measured.jsonl").read_text().splitlines()]
-    distinct = {json.dumps(key, sort_keys=True) for key in keys}
-    assert len(distinct) == len(keys)  # what scripts have in common is measured once
     for answer in ("Does Gumbel noise beat none?", "dynamic - frozen", "No setting beats all"):
         assert answer in done.stdout
     constant = next(line for line in done.stdout.splitlines() if "constant - none" in line)
@@ -124,95 +123,65 @@ def test_finished_study_is_not_measured_again(name, flags, tmp_path, monkeypatch
     assert {path: path.read_bytes() for path in files} == files
 
 
-def test_processes_change_nothing(flags, tmp_path) -> None:
-    run("table4", flags)
-    run("table4", [*flags, "--jobs", "2", "--out", str(tmp_path / "two")])
-    assert rows_of(tmp_path / "two", "table4") == rows_of(tmp_path / "out", "table4")
-    stored = [
-        {json.dumps(json.loads(line), sort_keys=True) for line in path.read_text().splitlines()}
-        for path in (tmp_path / "out" / "measured.jsonl", tmp_path / "two" / "measured.jsonl")
-    ]
-    assert stored[0] == stored[1] and len(stored[0]) == 6
-
-
 def test_papers_numbers_stand_beside(flags, capsys) -> None:
     run("table4", flags)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("gaussian")]
     assert len(lines) == 1 and lines[0].split()[-1] == "10.17"
 
 
-KILLED = """
-import os, runpy, signal, sys
-from keyformer.evaluation import measures
-generate, calls = measures.generate, []
-def killed_at_the_third(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return generate(*args, **kwargs)
-measures.generate = killed_at_the_third
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_killed_sweep_continues(flags, tmp_path, monkeypatch) -> None:
-    """What was measured before a kill is not measured again, and the results are the same."""
-    command = [sys.executable, "-c", KILLED, str(ROOT / "paper" / "table4.py"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    store = tmp_path / "out" / "measured.jsonl"
-    before = store.read_text().splitlines()
-    assert len(before) == 2 and not (tmp_path / "out" / "table4.csv").exists()
-    with store.open("a") as file:
-        file.write('{"key": {"cut sho')
-    calls = []
-    generate = measures.generate
-    monkeypatch.setattr(measures, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
-    run("table4", flags)
-    after = store.read_text().splitlines()
-    assert after[:2] == before and len(after) == 6 and len(calls) == 4
-    fresh = tmp_path / "fresh"
-    run("table4", [*flags[:-1], str(fresh)])
-    assert rows_of(fresh, "table4") == rows_of(tmp_path / "out", "table4")
-
-
 @dataclass(frozen=True)
 class Counted:
     """A measure that is quickly done, and says of what."""
 
-    model: str
-    calls: list[tuple[str, int | None]]
-    cost: float = 1.0
+    path: str
+    calls: list[tuple[str, int | None, list[int]]]
+    costs: tuple[float, ...] = (1.0, 2.0)
+    bs: int = 2
+    setting: ClassVar[dict[str, str]] = {}
+    contents: ClassVar[list[str]] = ["an item", "another"]
 
-    @property
-    def setting(self) -> dict[str, str]:
-        return {"model": self.model}
+    def __call__(self, config: KeyformerConfig, device: torch.device, items) -> list[dict]:
+        self.calls.append((config.noise, config.seed, items))
+        return [{"rouge2": float(item)} for item in items]
 
-    def __call__(self, config: KeyformerConfig, device: torch.device) -> dict[str, list[float]]:
-        self.calls.append((config.noise, config.seed))
-        return {"rouge2": [1.0, 2.0]}
+    def __hash__(self) -> int:
+        return hash(self.path)
 
 
 def requested(measure, noises, seeds, store: Path) -> Steps:
     configs = [KeyformerConfig(noise=noise, seed=seed) for noise in noises for seed in seeds]
-    yield Request([Run(measure, config) for config in configs], store, 1, "cpu")
+    runs = [Run(measure, config) for config in configs]
+    found = yield Request(runs, store, "cpu")
+    assert all(found[run] == {"rouge2": [0.0, 1.0]} for run in runs)
 
 
 def test_studies_share_what_they_have_in_common(tmp_path) -> None:
+    """Models one after the other, of each what takes long first, and nothing twice."""
     calls: list = []
-    store = tmp_path / "s.jsonl"
-    a, b = Counted("a", calls), Counted("b", calls, cost=9.0)
+    store = tmp_path / "s.sqlite"
+    a, b = Counted("a", calls), Counted("b", calls, costs=(9.0, 1.0), bs=1)
     carry_out(
         [
             requested(a, ["none", "gumbel"], [5], store),
-            requested(a, ["gumbel"], [5, 6], store),
             requested(b, ["constant"], [5], store),
+            requested(a, ["gumbel"], [5, 6], store),
         ]
     )
-    assert calls == [("constant", 5), ("none", 5), ("gumbel", 5), ("gumbel", 6)]  # longest first
-    carry_out([requested(a, ["none"], [5], store)])
-    assert len(calls) == 4 and len(store.read_text().splitlines()) == 4
+    assert calls == [
+        ("none", 5, [1, 0]),
+        ("gumbel", 5, [1, 0]),
+        ("gumbel", 6, [1, 0]),
+        ("constant", 5, [0]),
+        ("constant", 5, [1]),
+    ]
+    carry_out([requested(a, ["none"], [5, 7], store)])  # what draws no noise knows no seed
+    assert len(calls) == 5 and items_in(store) == 8
+
+
+def items_in(store: Path) -> int:
+    """How many items a store has."""
+    with sqlite3.connect(store) as connection:
+        return connection.execute("SELECT count(*) FROM items").fetchone()[0]
 
 
 def test_seeds_are_for_what_draws_noise(flags, tmp_path) -> None:
@@ -229,12 +198,12 @@ def test_another_checkpoint_in_the_folder_is_measured_anew(flags, tmp_path) -> N
     model = shutil.copytree(flags[1], tmp_path / "model")
     flags[1] = str(model)
     run("table4", flags)
-    measures.fingerprint.cache_clear()
+    weights_hash.cache_clear()
     (weights,) = Path(model).glob("*.bin")
     state = torch.load(weights)
     torch.save({name: 2 * tensor for name, tensor in state.items()}, weights)
     run("table4", flags)
-    assert len((tmp_path / "out" / "measured.jsonl").read_text().splitlines()) == 12
+    assert items_in(tmp_path / "out" / "measured.sqlite") == 2 * 2 * 6
 
 
 def row(values: list[float]) -> Row:
@@ -327,7 +296,6 @@ def test_sparsity_and_mass_of_attention(model_path) -> None:
     [
         (["--n_obs", "9"], "n_obs"),
         (["--bs", "0"], "--bs"),
-        (["--jobs", "0"], "--jobs"),
         (["--task", "summarization", "conversation"], "--dataset_path"),
         (["--model_path", "nowhere"], "nowhere"),
         (["--device", "tpu"], "tpu"),
@@ -360,7 +328,7 @@ def test_together_takes_scripts_alone(monkeypatch) -> None:
 
 def test_a_file_of_something_else_is_not_overwritten(flags, tmp_path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "measured.jsonl").write_text("my notes\n")
-    with pytest.raises(InputError, match=r"measured\.jsonl"):
+    (tmp_path / "out" / "measured.sqlite").write_text("my notes\n")
+    with pytest.raises(InputError, match=r"measured\.sqlite is not a store"):
         run("table4", flags)
-    assert (tmp_path / "out" / "measured.jsonl").read_text() == "my notes\n"
+    assert (tmp_path / "out" / "measured.sqlite").read_text() == "my notes\n"
