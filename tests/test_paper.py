@@ -23,7 +23,6 @@ from conftest import script
 from originals import write_original
 
 from keyformer import InputError, KeyformerCache, KeyformerConfig, load_model
-from keyformer.evaluation import measures
 from keyformer.evaluation.data import TASKS
 from keyformer.evaluation.identity import weights_hash
 from keyformer.evaluation.measures import Attention, Likelihood, Rouge, Softmax

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sqlite3
@@ -11,16 +12,18 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from conftest import script
 from originals import write_original
 
 from keyformer import InputError
 from keyformer.evaluation import identity
-from keyformer.evaluation.store import Store
+from keyformer.evaluation.store import Store, _owner
 
 ROOT = Path(__file__).parents[1]
-WORDS = "the key tokens and the recent tokens of a text that is read word by word".split()
+SENTENCE = "the key tokens and the recent tokens of a text that is read word by word"
 DEATHS = 20
 MEASURED = {"seconds", "tokens_per_second", "date", "peak_memory_bytes", "items_from_store"}
 """What differs from run to run."""
@@ -35,7 +38,8 @@ def model_path(tmp_path_factory) -> Path:
 def datasets(tmp_path_factory) -> dict[str, Path]:
     """Of each task, of texts of different lengths, two of them alike."""
     folder = tmp_path_factory.mktemp("data")
-    texts = [" ".join(WORDS[n % 5 :] * (1 + n % 4)) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 4)]
+    words = SENTENCE.split()
+    texts = [" ".join(words[n % 5 :] * (1 + n % 4)) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 4)]
     news = [{"instruction": "Sum up.", "input": text, "output": "the key"} for text in texts]
     talk = [
         {"narrative": text, "dialogue": ["the key", "a text"], "speakers": ["A", "B"]}
@@ -112,3 +116,247 @@ def test_killed_at_random_moments(name, model_path, datasets, tmp_path) -> None:
             path.write_text(text)
     assert results(outs[0]) == results(outs[1])
     assert stored(outs[0]) == stored(outs[1])
+
+
+def run(of: list[str], **more) -> subprocess.Popen:
+    """A script in a process of its own."""
+    return subprocess.Popen(
+        of, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **more
+    )
+
+
+def launched(processes: int) -> list[str]:
+    """accelerate's command for as many processes on this machine's CPU."""
+    port = ["--main_process_port", "0"]
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *port),
+        *("--num_processes", str(processes)),
+    ]
+
+
+def test_texts_depend_on_no_batch_and_no_process(model_path, datasets, tmp_path) -> None:
+    """keyformer with a seed: 1, 2 and 3 processes, batches of 1, 4 and 7."""
+    texts = {}
+    for processes, batch in ((1, 1), (1, 4), (1, 7), (2, 4), (3, 1)):
+        out = tmp_path / f"{processes} {batch}"
+        out.mkdir()
+        of = [*command("summarize", model_path, datasets, out), "--bs", str(batch)]
+        if processes == 1:
+            script("summarization", "summarize").main(of[1:])
+        else:
+            done = run([*launched(processes), *of])
+            _, errors = done.communicate()
+            assert done.returncode == 0, errors
+            scores = json.loads((out / "scores.json").read_text())
+            assert (scores["items"], scores["unfinished"]) == (11, 0)
+            assert errors.count("0/10 ") == 1  # one bar, over all processes
+        texts[processes, batch] = (out / "texts.txt").read_text()
+        assert len(stored(out)) == 10  # of which two items are alike
+    assert len(set(texts.values())) == 1
+
+
+def test_one_of_two_processes_is_killed(model_path, datasets, tmp_path) -> None:
+    """The launcher names it; the same command finishes, with what an undisturbed run gives."""
+    out = tmp_path / "killed"
+    out.mkdir()
+    of = [*command("summarize", model_path, datasets, out), "--bs", "1", "--max_new_tokens", "30"]
+    first = run([*launched(2), *of])
+    while len(children := at_work(first.pid)) < 2 or not count(out):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    children[-1].kill()
+    _, errors = first.communicate()
+    assert first.returncode != 0 and "SIGKILL" in errors
+    kept = count(out)
+    assert 0 < kept < 10
+    again = run([*launched(2), *of])
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    of = [*command("summarize", model_path, datasets, alone), "--bs", "1", "--max_new_tokens", "30"]
+    script("summarization", "summarize").main(of[1:])
+    assert (out / "texts.txt").read_bytes() == (alone / "texts.txt").read_bytes()
+    assert stored(out) == stored(alone)
+    assert json.loads((out / "scores.json").read_text())["items_from_store"] >= kept
+
+
+def at_work(launcher: int) -> list[psutil.Process]:
+    """The processes that run the script."""
+    found = psutil.Process(launcher).children(recursive=True)
+    return [child for child in found if "LOCAL_RANK" in child.environ()]
+
+
+def count(out: Path) -> int:
+    """Finished items so far."""
+    try:
+        return len(stored(out))
+    except sqlite3.OperationalError:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("name", "signal_", "code"),
+    [("summarize", signal.SIGINT, 130), ("compare", signal.SIGTERM, 143)],
+)
+def test_b8_stopped(name, signal_, code, model_path, datasets, tmp_path) -> None:
+    """One line, what is done written, and the same command goes on."""
+    of = [*command(name, model_path, datasets, tmp_path), "--bs", "1", "--max_new_tokens", "40"]
+    process = run([sys.executable, *of])
+    while not count(tmp_path):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal_)
+    _, errors = process.communicate()
+    assert process.returncode == code, errors
+    last = errors.splitlines()[-1]
+    kept = count(tmp_path)
+    assert f"{name}.py: stopped: {kept} of " in last and "the same command goes on" in last
+    assert "Traceback" not in errors
+    if name == "summarize":
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        assert len((tmp_path / "texts.txt").read_text().splitlines()) == scores["items"]
+        assert scores["items"] + scores["unfinished"] == 11 and scores["items"] >= kept
+    again = run([sys.executable, *of])
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert count(tmp_path) == (10 if name == "summarize" else 20)
+
+
+def test_no_resume_starts_anew(model_path, datasets, tmp_path, capsys) -> None:
+    of = command("summarize", model_path, datasets, tmp_path)[1:]
+    main = script("summarization", "summarize").main
+    before = []
+    for more, kept in (([], 0), ([], 11), (["--no-resume"], 0), (["--seed", "4"], 0)):
+        main([*of, *more])
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        before.append(scores["items_from_store"])
+        assert scores["items"] == 11
+        assert ("items were done before" in capsys.readouterr().out) == bool(kept)
+    assert before == [0, 10, 0, 0]
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "deep" / "s.sqlite")
+
+
+def another(store: Store, owner: str) -> Store:
+    """The same file, as another process has it."""
+    other = Store(store.path)
+    other.owner = owner
+    return other
+
+
+def test_an_item_is_claimed_by_one(store) -> None:
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    other = another(store, _owner(psutil.Process(sleeper.pid)))
+    assert other.claim(["a", "b"]) == ["a", "b"]
+    assert store.claim(["a", "b", "c"]) == ["c"]
+    other.add({"a": {"x": 1}}, {"device": "there"})
+    store.add({"c": {"x": 3}, "a": {"x": 2}}, {"device": "here"})
+    assert store.results("abc") == {"a": {"x": 1}, "c": {"x": 3}}
+    assert store.sources("abc") == [({"device": "there"}, 1), ({"device": "here"}, 1)]
+    sleeper.kill()  # and not waited for: a zombie still has its number
+    while psutil.Process(sleeper.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert store.claim(["a", "b"]) == ["b"]
+    sleeper.wait()
+    assert another(store, "elsewhere 1 0.00").claim(["b"]) == []
+    store.give_up()
+    assert another(store, "elsewhere 1 0.00").claim(["b"]) == ["b"]
+    assert store.claim(["b"]) == ["b"]  # of a host that is none
+
+
+def take_all(path: Path, taken) -> None:
+    store = Store(path)
+    for number in range(0, 300, 3):
+        keys = store.claim([str(number + more) for more in range(3)])
+        store.add({key: {} for key in keys}, {"device": store.owner})
+        for key in keys:
+            taken.put(key)
+
+
+def test_claims_of_many_processes(tmp_path) -> None:
+    """Three processes share items out, each item once."""
+    fork = multiprocessing.get_context("fork")
+    taken, path = fork.SimpleQueue(), tmp_path / "s.sqlite"
+    workers = [fork.Process(target=take_all, args=(path, taken)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    found = [taken.get() for _ in range(300)]
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert taken.empty() and sorted(found) == sorted(map(str, range(300)))
+    assert sum(count for _, count in Store(path).sources(found)) == 300
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", b"SQLite format 3\x00" + bytes(200)])
+def test_what_is_no_store_is_left_alone(tmp_path, content) -> None:
+    path = tmp_path / "s.sqlite"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="is not a store of finished items"):
+        Store(path)
+    assert path.read_bytes() == content
+
+
+def test_another_programs_database_is_left_alone(tmp_path) -> None:
+    path = tmp_path / "s.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE mine (x)")
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="another program's"):
+        Store(path)
+    assert path.read_bytes() == before
+
+
+def test_b13_the_key_holds_what_makes_a_result(monkeypatch, tmp_path) -> None:
+    """Code counts, its comments, docstrings and layout do not; nor does code that is not used."""
+    folder = tmp_path / "room"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "uses.py").write_text('"""Says."""\nfrom room import used\n\n\nX = used.Y\n')
+    (folder / "used.py").write_text("Y = 1\n")
+    (folder / "other.py").write_text("Z = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(identity, "_project", lambda: {"room"})
+
+    def hashed() -> str:
+        identity.code_hash.cache_clear()
+        return identity.code_hash("room.uses")
+
+    first = hashed()
+    (folder / "other.py").write_text("Z = 2\n")
+    (folder / "used.py").write_text('"""What."""\n\nY = 1  # one\n')
+    assert hashed() == first
+    (folder / "used.py").write_text("Y = 2\n")
+    assert hashed() != first
+
+
+def test_b13_weights_and_libraries_count(model_path, monkeypatch) -> None:
+    of = identity.weights_hash(str(model_path))
+    assert of == identity.weights_hash(str(model_path))
+    settings = identity.environment(torch.device("cpu"), "keyformer.evaluation.generation")
+    assert {"code", "device", "torch", "transformers"} == set(settings)
+    first = identity.item_key({**settings, "weights": of}, "text")
+    assert first == identity.item_key({"weights": of, **settings}, "text")
+    for name in ("code", "device", "torch", "transformers", "weights"):
+        assert identity.item_key({**settings, "weights": of, name: "x"}, "text") != first
+
+
+def test_b13_records_name_where_items_were_measured(model_path, datasets, tmp_path) -> None:
+    of = command("summarize", model_path, datasets, tmp_path)[1:]
+    main = script("summarization", "summarize").main
+    main([*of, "--n_obs", "4"])
+    here = json.loads((tmp_path / "scores.json").read_text())
+    assert "elsewhere" not in here
+    with sqlite3.connect(tmp_path / "s.sqlite") as connection:
+        connection.execute(
+            "UPDATE sources SET source = ?", [json.dumps({"commit": "old", "device": "cpu: x"})]
+        )
+    main(of)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    (other,) = scores["elsewhere"]
+    assert scores["commit"] == here["commit"] and other["commit"] == "old"
+    assert other["items"] == scores["items_from_store"] > 0

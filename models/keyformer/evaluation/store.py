@@ -60,11 +60,11 @@ class Store:
             raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
         with self._errors():
             self.connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
-            self.connection.execute("PRAGMA journal_mode = WAL")
-            self.connection.execute("PRAGMA synchronous = NORMAL")
             tables = {name for (name,) in self.connection.execute("SELECT name FROM sqlite_master")}
             if tables and "items" not in tables:
                 raise sqlite3.DatabaseError("another program's database")
+            self.connection.execute("PRAGMA journal_mode = WAL")
+            self.connection.execute("PRAGMA synchronous = NORMAL")
             self.connection.executescript(SCHEMA)
 
     def results(self, keys: Iterable[str]) -> dict[str, Result]:
