@@ -21,6 +21,7 @@ from keyformer.evaluation.results import (
     write_json,
 )
 from keyformer.integration import PACKAGES
+from keyformer.quantize import weight_bytes
 from keyformer_lm_eval.harness import evaluate, find_tasks
 from keyformer_lm_eval.model import KeyformerLM
 
@@ -44,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         manager,
         flags.num_fewshot,
         limit=flags.limit,
-        model_args={"pretrained": flags.model_name, "method": method, **settings},
+        model_args={
+            "pretrained": flags.model_name,
+            "method": method,
+            "quantize": flags.quantize,
+            **settings,
+        },
         batch_size=flags.bs,
         device=str(lm.device),
         evaluation_tracker=tracker,
@@ -56,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "method": method,
         "config": settings,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "quantize": flags.quantize,
+        "weight_bytes": weight_bytes(lm.model),
         **{name: getattr(flags, name) for name in ("tasks", "num_fewshot", "limit", "bs", "seed")},
         **run_record(lm.device),
         "lm_eval": version("lm_eval"),
@@ -83,6 +91,7 @@ def load(flags: argparse.Namespace, method: str, settings: dict[str, Any]) -> Ke
         method,
         dtype=flag.model_dtype(flags),
         device=flags.device,
+        quantize=flags.quantize,
         use_fast_tokenizer=not flags.use_slow_tokenizer,
         parallelize=flags.model_parallelize,
         batch_size=flags.bs,

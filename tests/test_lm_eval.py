@@ -19,6 +19,7 @@ from originals import write_original
 
 import keyformer_lm_eval
 from keyformer import InputError, KeyformerCache, KeyformerConfig
+from keyformer.quantize import weight_bytes
 from keyformer_lm_eval.model import KeyformerLM
 
 WORDS = ["the", "key", "tokens", "and", "recent", "ones", "stay", "while", "others", "leave"]
@@ -218,9 +219,19 @@ def test_arguments_come_as_lm_eval_parses_them(mpt) -> None:
     assert lm.pretrained == mpt and lm.tokenizer_name
 
 
+def test_b1_quantize_is_a_model_argument(mpt) -> None:
+    lm = KeyformerLM.create_from_arg_string(f"pretrained={mpt},quantize=int8", {"device": "cpu"})
+    assert weight_bytes(lm.model) < weight_bytes(model(mpt).model)
+    (total, _), (plain, _) = (
+        one.loglikelihood(ask("loglikelihood", PAIRS[0]))[0] for one in (lm, model(mpt))
+    )
+    assert total == pytest.approx(plain, rel=0.05) and total != plain
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        ({"quantize": "int3"}, "quantize must be one of bnb-8bit, bnb-4bit, int8, got 'int3'"),
         ({"method": "snapkv"}, "snapkv"),
         ({"kv_cach": 50}, "unknown setting 'kv_cach'"),
         ({"kv_cache": 0}, r"kv_cache must be a percentage in \(0, 100\], got 0"),

@@ -15,9 +15,10 @@ from conftest import script
 from lm_eval.api.model import LM
 from originals import write_original
 
-from keyformer import InputError, KeyformerConfig
+from keyformer import InputError, KeyformerConfig, load_model
 from keyformer.evaluation.flags import run_main
 from keyformer.evaluation.sweep import carry_out
+from keyformer.quantize import weight_bytes
 from keyformer_lm_eval.harness import evaluate, find_tasks
 from keyformer_lm_eval.measure import Accuracy
 from tiny.corpus import SHAPES, options
@@ -119,6 +120,26 @@ def test_chunks_and_method_are_the_models(model_path, tmp_path) -> None:
     assert found[2] != pytest.approx(found[0], abs=1e-3)
 
 
+def test_b1_quantized_weights_are_loaded_and_recorded(model_path, tmp_path) -> None:
+    """Fewer bytes than unquantized, in the record and in lm-eval's own results."""
+    records = {
+        kind: run(model_path, tmp_path / str(kind), "--tasks", "tiny_copa", *flags)
+        for kind, flags in ((None, ()), ("int8", ("--quantize", "int8")))
+    }
+    assert {kind: record["quantize"] for kind, record in records.items()} == {
+        None: None,
+        "int8": "int8",
+    }
+    layers = load_model(model_path, device="cpu", dtype="float32", quantize="int8")[0]
+    assert records["int8"]["weight_bytes"] == weight_bytes(layers)
+    assert records["int8"]["weight_bytes"] < records[None]["weight_bytes"]
+    for kind, record in records.items():
+        (results,) = (tmp_path / str(kind)).glob("*/results_*.json")
+        config = json.loads(results.read_text())["config"]
+        assert config["model_args"]["quantize"] == kind
+        assert config["weight_bytes"] == record["weight_bytes"]
+
+
 BAD = [
     (["--tasks", "tiny_copa", "copper"], "'copper'"),
     (["--num_fewshot", "-1"], "--num_fewshot must be at least 0, got -1"),
@@ -134,6 +155,7 @@ BAD = [
     (["--model_parallelize"], "--device"),
     (["--no-causal_lm"], "encoder-decoder"),
     (["--dtype", "float8"], "float8"),
+    (["--device", "cuda:99"], "device 'cuda:99' is not available"),
     (["--out", "{file}/out"], "file"),
 ]
 

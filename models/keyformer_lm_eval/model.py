@@ -19,6 +19,7 @@ from keyformer.cache import KeyformerCache
 from keyformer.config import UNLIMITED, InputError, KeyformerConfig
 from keyformer.integration import enable_keyformer, load_model
 from keyformer.modeling import position_inputs
+from keyformer.quantize import weight_bytes
 from keyformer_lm_eval import register
 
 LOGGER = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class KeyformerLM(HFLM):
         A checkpoint folder or a name on the hub.
     method
         A key of ``keyformer.config.METHODS``.
-    dtype, device, use_fast_tokenizer
+    dtype, device, quantize, use_fast_tokenizer
         Those of :func:`keyformer.load_model`.
     parallelize
         Spread the layers over all GPUs.
@@ -77,6 +78,7 @@ class KeyformerLM(HFLM):
         *,
         dtype: str | torch.dtype = "auto",
         device: str | None = None,
+        quantize: str | None = None,
         use_fast_tokenizer: bool = True,
         parallelize: bool = False,
         batch_size: int | str = 1,
@@ -94,6 +96,7 @@ class KeyformerLM(HFLM):
             dtype=dtype,
             device=device,
             device_map="auto" if parallelize else None,
+            quantize=quantize,
             use_fast_tokenizer=use_fast_tokenizer,
         )
         super().__init__(
@@ -117,6 +120,10 @@ class KeyformerLM(HFLM):
     @keyformer_config.setter
     def keyformer_config(self, config: KeyformerConfig) -> None:
         enable_keyformer(self.model, config)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes about the model, and the bytes of its weights."""
+        return {**super().get_model_info(), "weight_bytes": weight_bytes(self.model)}
 
     @torch.no_grad()
     def _loglikelihood_tokens(
