@@ -20,7 +20,7 @@ from keyformer.evaluation.results import (
     run_record,
     write_json,
 )
-from keyformer.integration import PACKAGES
+from keyformer.integration import PACKAGES, check_device
 from keyformer.quantize import weight_bytes
 from keyformer_lm_eval.harness import evaluate, find_tasks
 from keyformer_lm_eval.model import KeyformerLM
@@ -90,7 +90,7 @@ def load(flags: argparse.Namespace, method: str, settings: dict[str, Any]) -> Ke
         flag.model_path(flags),
         method,
         dtype=flag.model_dtype(flags),
-        device=flags.device,
+        device=flags.device and str(check_device(flags.device)),
         quantize=flags.quantize,
         use_fast_tokenizer=not flags.use_slow_tokenizer,
         parallelize=flags.model_parallelize,

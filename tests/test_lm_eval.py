@@ -246,7 +246,37 @@ def test_bad_arguments(mpt, arguments, says: str) -> None:
         KeyformerLM(**{"pretrained": mpt, "device": "cpu", **arguments})
 
 
+@pytest.mark.parametrize("device", [None, "cuda:99", "hpu"])
+def test_b18_a_device_that_is_not_there_is_a_gpu_or_the_cpu(mpt, caplog, device) -> None:
+    """As hf takes it; lm-eval's command says cuda:0 wherever it runs."""
+    lm = KeyformerLM(mpt, device=device, dtype="float32")
+    assert lm.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    notes = [record.getMessage() for record in caplog.records if "no device" in record.msg]
+    assert notes == (
+        [f"there is no device {device} here, the model is put on {lm.device}"] * bool(device)
+    )
+
+
 PLUGIN = str(Path(keyformer_lm_eval.__file__).with_name("plugin.yaml"))
+
+
+def evaluated(folder: Path, command: list[str], path: str, *flags: str) -> tuple[dict, str, str]:
+    """lm-eval's results from a command on three questions, and what it printed."""
+    (folder / "task.yaml").write_text(
+        "task: two_ends\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'd.jsonl'}}}}}\n"
+        "doc_to_text: text\ndoc_to_choice: ends\ndoc_to_target: 0\n"
+    )
+    (folder / "d.jsonl").write_text('{"text": "the key", "ends": ["tokens", "others"]}\n' * 3)
+    script = Path(sys.executable).with_name(command[0])
+    named = ["--model", "keyformer", "--model_args", f"pretrained={path}", *flags]
+    tasks = ["--include_path", str(folder), "--output_path", str(folder / "out")]
+    ran = subprocess.run(
+        [str(script), *command[1:], *named, *tasks], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    (written,) = (folder / "out").rglob("results_*.json")
+    return json.loads(written.read_text())["results"], ran.stdout, ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -258,25 +288,18 @@ PLUGIN = str(Path(keyformer_lm_eval.__file__).with_name("plugin.yaml"))
 )
 def test_a18_commands_find_the_model(mpt, tmp_path, command, plugin) -> None:
     """lm-eval's own, where the tasks name the plugin, and this project's without."""
-    (tmp_path / "task.yaml").write_text(
-        "task: two_ends\noutput_type: multiple_choice\ntest_split: test\n"
-        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'd.jsonl'}}}}}\n"
-        "doc_to_text: text\ndoc_to_choice: ends\ndoc_to_target: 0\n"
-    )
-    (tmp_path / "d.jsonl").write_text('{"text": "the key", "ends": ["tokens", "others"]}\n' * 3)
-    script = Path(sys.executable).with_name(command[0])
-    flags = ["--model", "keyformer", "--model_args", f"pretrained={mpt}", "--device", "cpu"]
-    tasks = ["--include_path", str(tmp_path), "--tasks", "two_ends", *plugin]
-    ran = subprocess.run(
-        [str(script), *command[1:], *flags, *tasks, "--output_path", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert any("two_ends" in line for line in ran.stdout.splitlines())
-    (written,) = (tmp_path / "out").rglob("results_*.json")
-    results = json.loads(written.read_text())["results"]
+    flags = ["--device", "cpu", "--tasks", "two_ends", *plugin]
+    results, printed, _ = evaluated(tmp_path, command, mpt, *flags)
+    assert any("two_ends" in line for line in printed.splitlines())
     assert [name for name, measured in results.items() if "acc,none" in measured] == ["two_ends"]
+
+
+def test_b18_the_command_picks_a_device(mpt, tmp_path) -> None:
+    """Without --device, which lm-eval then says is cuda:0."""
+    results, _, notes = evaluated(tmp_path, ["keyformer-lm-eval"], mpt, "--tasks", "two_ends")
+    assert "acc,none" in results["two_ends"]
+    note = "there is no device cuda:0 here, the model is put on cpu"
+    assert notes.count(note) == (not torch.cuda.is_available())
 
 
 def test_a18_names_of_the_commands() -> None:

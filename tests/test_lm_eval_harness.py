@@ -156,6 +156,7 @@ BAD = [
     (["--no-causal_lm"], "encoder-decoder"),
     (["--dtype", "float8"], "float8"),
     (["--device", "cuda:99"], "device 'cuda:99' is not available"),
+    (["--device", "cuda:99", "--dtype", "float32"], "device 'cuda:99' is not available"),
     (["--out", "{file}/out"], "file"),
 ]
 

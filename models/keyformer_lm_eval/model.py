@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import UNLIMITED, InputError, KeyformerConfig
-from keyformer.integration import enable_keyformer, load_model
+from keyformer.integration import check_device, enable_keyformer, load_model
 from keyformer.modeling import position_inputs
 from keyformer.quantize import weight_bytes
 from keyformer_lm_eval import register
@@ -52,8 +53,11 @@ class KeyformerLM(HFLM):
         A checkpoint folder or a name on the hub.
     method
         A key of ``keyformer.config.METHODS``.
-    dtype, device, quantize, use_fast_tokenizer
+    dtype, quantize, use_fast_tokenizer
         Those of :func:`keyformer.load_model`.
+    device
+        As "hf" takes it: one that the machine lacks, such as the "cuda:0" of lm-eval's command,
+        stands for a GPU if there is one, else the CPU.
     parallelize
         Spread the layers over all GPUs.
     batch_size
@@ -94,7 +98,7 @@ class KeyformerLM(HFLM):
             pretrained,
             config,
             dtype=dtype,
-            device=device,
+            device=_device(device),
             device_map="auto" if parallelize else None,
             quantize=quantize,
             use_fast_tokenizer=use_fast_tokenizer,
@@ -269,6 +273,24 @@ class KeyformerLM(HFLM):
     def _rows(self) -> int:
         """Sequences in a forward call."""
         return self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
+
+
+def _device(device: str | None) -> torch.device:
+    """The device of that name or, where the machine lacks it, a GPU or the CPU, with a note.
+
+    Raises
+    ------
+    InputError
+        If the name is none that lm-eval's "hf" model knows.
+    """
+    try:
+        return check_device(device)
+    except InputError:
+        if not re.fullmatch(r"(cuda|mps|npu|xpu|hpu)(:\d+)?", str(device)):
+            raise
+        found = check_device(None)
+        LOGGER.warning("there is no device %s here, the model is put on %s", device, found)
+        return found
 
 
 def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
