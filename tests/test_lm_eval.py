@@ -207,6 +207,71 @@ def test_generation_evicts(mpt) -> None:
         assert text == lm.tok_decode(out[0, ids.shape[1] :])
 
 
+GENERATED = {"max_gen_toks": 5, "until": [], "do_sample": False}
+KINDS = {
+    "loglikelihood": PAIRS,
+    "loglikelihood_rolling": [(words(i, 3 + 4 * i),) for i in range(5)],
+    "generate_until": [(context, GENERATED) for context in CONTEXTS],
+}
+
+
+def fed(lm: KeyformerLM, most_rows: int = 10**9) -> list[tuple[int, int]]:
+    """Shapes that are fed from now on; what has more rows does not fit into memory."""
+    shapes = []
+
+    def note(_, args, kwargs) -> None:
+        shapes.append(tuple((args[0] if args else kwargs["input_ids"]).shape))
+        if shapes[-1][0] > most_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    lm.model.register_forward_pre_hook(note, with_kwargs=True)
+    return shapes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_b12_auto_feeds_nothing_but_the_requests(mpt, kind: str) -> None:
+    """No trial at max_length, nor before any later call; hf's numbers."""
+    requests = ask(kind, *KINDS[kind][:3])
+    lm, fixed = model(mpt, batch_size="auto"), model(mpt, batch_size=64)
+    shapes, expected = fed(lm), fed(fixed)
+    results = [getattr(one, kind)(requests) for one in (lm, lm, fixed)]
+    assert shapes == 2 * expected
+    assert results[0] == results[1] == results[2]
+    assert lm.batch_size == "auto" and lm.batch_sizes == {0: 64}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_b12_auto_is_what_fits_of_the_longest_once(mpt, kind: str) -> None:
+    """Halved while memory runs out and kept, also for the requests of another kind."""
+    requests = ask(kind, *KINDS[kind])
+    lm = model(mpt, "h2o", kv_cache=40, batch_size="auto", max_batch_size=16)
+    shapes = fed(lm, most_rows=3)
+    got = getattr(lm, kind)(requests)
+    refused = [rows for rows, _ in shapes if rows > 3]
+    assert shapes[: len(refused)] == [shape for shape in shapes if shape[0] > 3] and refused
+    assert lm.batch_sizes == {0: 2}
+    shapes.clear()
+    assert getattr(lm, kind)(requests) == got
+    lm.loglikelihood(ask("loglikelihood", *PAIRS))
+    assert max(rows for rows, _ in shapes) == 2
+    assert got == getattr(model(mpt, "h2o", kv_cache=40, batch_size=2), kind)(requests)
+
+
+def test_b12_auto_n_finds_it_n_times(mpt) -> None:
+    """Shorter requests may come in larger batches; where not one fits, an error says so."""
+    texts = ask("loglikelihood_rolling", *[(words(i, 3 + 4 * i),) for i in range(8)])
+    lm = model(mpt, batch_size="auto:4", max_batch_size=4)
+    shapes = fed(lm, most_rows=3)
+    got = lm.loglikelihood_rolling(texts)
+    assert [rows for rows, _ in shapes] == [4, 2, 4, 2, 4, 2, 2]  # the last two are no more
+    assert lm.batch_sizes == {0: 2, 1: 2, 2: 2, 3: 4}
+    assert got == pytest.approx(model(mpt).loglikelihood_rolling(texts), abs=1e-3)
+    lm = model(mpt, batch_size="auto")
+    fed(lm, most_rows=0)
+    with pytest.raises(InputError, match="one sequence is too much for the memory: CUDA out of"):
+        lm.loglikelihood_rolling(texts)
+
+
 def test_arguments_come_as_lm_eval_parses_them(mpt) -> None:
     lm = KeyformerLM.create_from_arg_string(
         f"pretrained={mpt},method=h2o,kv_cache=35.5,prefill_chunk=8,dtype=bfloat16",
@@ -237,6 +302,9 @@ def test_b1_quantize_is_a_model_argument(mpt) -> None:
         ({"kv_cache": 0}, r"kv_cache must be a percentage in \(0, 100\], got 0"),
         ({"dtype": "float8"}, "float8"),
         ({"device": "toaster"}, "toaster"),
+        ({"batch_size": 0}, "batch_size must be a number, auto or auto:N, got 0"),
+        ({"batch_size": "autos"}, "batch_size"),
+        ({"max_batch_size": 0}, "max_batch_size"),
         ({"trust_remote_code": True}, "trust_remote_code"),
         ({"pretrained": "nowhere/model"}, "nowhere/model"),
     ],
