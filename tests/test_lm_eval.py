@@ -328,8 +328,16 @@ def test_b18_a_device_that_is_not_there_is_a_gpu_or_the_cpu(mpt, caplog, device)
 PLUGIN = str(Path(keyformer_lm_eval.__file__).with_name("plugin.yaml"))
 
 
+LAUNCHED = [
+    *("accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
+    *("-m", "keyformer_lm_eval"),
+]
+"""On the CPU, where ``--cpu`` starts one process unless there is MPI."""
+
+
 def evaluated(folder: Path, command: list[str], path: str, *flags: str) -> tuple[dict, str, str]:
     """lm-eval's results from a command on three questions, and what it printed."""
+    folder.mkdir(exist_ok=True)
     (folder / "task.yaml").write_text(
         "task: two_ends\noutput_type: multiple_choice\ntest_split: test\n"
         f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'd.jsonl'}}}}}\n"
@@ -360,6 +368,72 @@ def test_a18_commands_find_the_model(mpt, tmp_path, command, plugin) -> None:
     results, printed, _ = evaluated(tmp_path, command, mpt, *flags)
     assert any("two_ends" in line for line in printed.splitlines())
     assert [name for name, measured in results.items() if "acc,none" in measured] == ["two_ends"]
+
+
+TASKS = """
+task: {kind}_task
+output_type: {kind}
+test_split: test
+fewshot_split: test
+num_fewshot: {shots}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+doc_to_text: "{{{{text}}}}"
+doc_to_target: {target}
+metric_list: [{{metric: {metric}}}]
+{more}
+"""
+
+
+def test_processes_share_the_requests_and_give_what_one_gives(mpt, tmp_path) -> None:
+    """Five documents on two processes, each kind of requests, examples drawn: alike to the end."""
+    data = tmp_path / "data.jsonl"
+    documents = [
+        {"text": words(i, 5 + 3 * i), "ends": [words(i, 2), "key"], "end": "key"} for i in range(5)
+    ]
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    kinds = {
+        "multiple_choice": (2, 0, "acc", "doc_to_choice: ends"),
+        "loglikelihood_rolling": (0, '"{{text}}"', "bits_per_byte", ""),
+        "generate_until": (2, "end", "exact_match", "generation_kwargs: {max_gen_toks: 5}"),
+    }
+    for kind, (shots, target, metric, more) in kinds.items():
+        task = TASKS.format(
+            kind=kind, shots=shots, target=target, metric=metric, more=more, data=data
+        )
+        (tmp_path / f"{kind}.yaml").write_text(task)
+    flags = ["--model_args", f"pretrained={mpt},kv_cache=40", "--include_path", str(tmp_path)]
+    flags += [
+        "--model",
+        "keyformer",
+        "--log_samples",
+        "--tasks",
+        *(f"{kind}_task" for kind in kinds),
+    ]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    runs = {}
+    for command in (LAUNCHED, ["keyformer-lm-eval"]):
+        out = tmp_path / command[0]
+        ran = subprocess.run(
+            [
+                Path(sys.executable).with_name(command[0]),
+                *command[1:],
+                *flags,
+                "--output_path",
+                out,
+                "--device",
+                "cpu",
+            ],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert ran.returncode == 0, ran.stderr
+        (written,) = out.rglob("results_*.json")
+        samples = {path.name.split("_task")[0]: path.read_text() for path in out.rglob("samples_*")}
+        assert [text.count("\n") for text in samples.values()] == [5, 5, 5]
+        runs[command[0]] = (json.loads(written.read_text())["results"], samples, ran.stdout)
+    assert runs["accelerate"] == runs["keyformer-lm-eval"]
 
 
 def test_b18_the_command_picks_a_device(mpt, tmp_path) -> None:

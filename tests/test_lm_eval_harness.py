@@ -140,6 +140,42 @@ def test_b1_quantized_weights_are_loaded_and_recorded(model_path, tmp_path) -> N
         assert config["weight_bytes"] == record["weight_bytes"]
 
 
+def launched(*flags: str) -> subprocess.CompletedProcess:
+    """The script on two processes on the CPU."""
+    launcher = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    command = [Path(sys.executable).with_name("accelerate"), "launch", *launcher]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, HARNESS / "run_lm_eval_harness.py", *flags],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+def test_two_processes_write_what_one_writes(model_path, tmp_path, capsys) -> None:
+    """Three documents, so that one of them has two: samples, results and what is printed."""
+    flags = ["--model_path", model_path, "--device", "cpu", "--keyformer", "--kv_cache", "40"]
+    flags += ["--tasks", "tiny_copa", "--num_fewshot", "2", "--limit", "3", "--bs", "1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    harness.main([*flags, "--out", str(one)])
+    done = launched(*flags, "--out", str(two))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.replace(str(two), str(one)) == capsys.readouterr().out
+    records = [json.loads((out / "record.json").read_text()) for out in (one, two)]
+    assert [record["processes"] for record in records] == [1, 2]
+    assert records[0]["results"] == records[1]["results"]
+    samples = [path.read_text() for out in (one, two) for path in out.glob("*/samples_*.jsonl")]
+    assert len(samples) == 2 and samples[0] == samples[1]
+
+
+def test_more_processes_than_documents_are_an_error(model_path, tmp_path) -> None:
+    flags = ["--model_path", model_path, "--tasks", "tiny_copa", "--out", str(tmp_path)]
+    done = launched(*flags, "--limit", "1")
+    assert done.returncode and not list(tmp_path.glob("*"))
+    assert "the 1 documents of tiny_copa cannot be shared out over 2 processes" in done.stderr
+
+
 BAD = [
     (["--tasks", "tiny_copa", "copper"], "'copper'"),
     (["--num_fewshot", "-1"], "--num_fewshot must be at least 0, got -1"),

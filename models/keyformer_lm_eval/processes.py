@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from lm_eval.api.filter import FilterEnsemble
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 
 from keyformer.config import InputError
@@ -31,9 +33,10 @@ def share_alike() -> None:
 
     It draws the examples of a prompt one document after another: here each process draws those
     of all documents and then takes its own. These follow each other, so that what is gathered
-    process by process has the order of the documents.
+    process by process has the order of the documents. Answers to requests that fill up a smaller
+    share are dropped.
     """
-    build, iterate = Task.build_all_requests, Task.doc_iterator
+    build, iterate, apply_filters = Task.build_all_requests, Task.doc_iterator, FilterEnsemble.apply
 
     def build_all_requests(
         task: Task, *, rank: int = 0, world_size: int = 1, **options: Any
@@ -56,4 +59,10 @@ def share_alike() -> None:
             )
         return iter(documents[count * rank // world_size : count * (rank + 1) // world_size])
 
+    def apply(filters: FilterEnsemble, instances: list[Instance]) -> None:
+        for one in instances:
+            del one.resps[one.repeats or len(one.resps) :]
+        apply_filters(filters, instances)
+
     Task.build_all_requests, Task.doc_iterator = build_all_requests, doc_iterator
+    FilterEnsemble.apply = apply
