@@ -20,9 +20,11 @@ from keyformer.evaluation.results import (
     run_record,
     write_json,
 )
-from keyformer.integration import PACKAGES
+from keyformer.integration import PACKAGES, check_device
+from keyformer.quantize import weight_bytes
 from keyformer_lm_eval.harness import evaluate, find_tasks
 from keyformer_lm_eval.model import KeyformerLM
+from keyformer_lm_eval.processes import processes
 
 OUT = Path(__file__).parent / "out"
 TYPES = {package.removesuffix("_keyformer"): name for name, package in PACKAGES.items()}
@@ -44,20 +46,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         manager,
         flags.num_fewshot,
         limit=flags.limit,
-        model_args={"pretrained": flags.model_name, "method": method, **settings},
+        model_args={
+            "pretrained": flags.model_name,
+            "method": method,
+            "quantize": flags.quantize,
+            **settings,
+        },
         batch_size=flags.bs,
         device=str(lm.device),
         evaluation_tracker=tracker,
         fewshot_random_seed=flags.seed,
     )
+    if not results:
+        return
     samples = results.pop("samples")
     record = {
         "model": flags.model_name,
         "method": method,
         "config": settings,
         "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "quantize": flags.quantize,
+        "weight_bytes": weight_bytes(lm.model),
         **{name: getattr(flags, name) for name in ("tasks", "num_fewshot", "limit", "bs", "seed")},
         **run_record(lm.device),
+        "processes": lm.world_size,
         "lm_eval": version("lm_eval"),
         "peak_memory_bytes": peak_memory_bytes(lm.device),
         "results": results["results"],
@@ -82,7 +94,8 @@ def load(flags: argparse.Namespace, method: str, settings: dict[str, Any]) -> Ke
         flag.model_path(flags),
         method,
         dtype=flag.model_dtype(flags),
-        device=flags.device,
+        device=device(flags),
+        quantize=flags.quantize,
         use_fast_tokenizer=not flags.use_slow_tokenizer,
         parallelize=flags.model_parallelize,
         batch_size=flags.bs,
@@ -95,6 +108,25 @@ def load(flags: argparse.Namespace, method: str, settings: dict[str, Any]) -> Ke
             f"--model_type {flags.model_type} contradicts the checkpoint, which is a {found}"
         )
     return lm
+
+
+def device(flags: argparse.Namespace) -> str | None:
+    """Where the flags put the model; None leaves it to the model.
+
+    Raises
+    ------
+    InputError
+        If there is no such device, or each of several processes has another one.
+    """
+    if flags.device is None:
+        return None
+    state = processes()
+    if state.num_processes > 1 and flags.device != state.device.type:
+        raise InputError(
+            f"--device {flags.device} contradicts the launcher, which gives each process a"
+            f" {state.device.type}"
+        )
+    return str(check_device(flags.device))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -19,6 +19,7 @@ from originals import write_original
 
 import keyformer_lm_eval
 from keyformer import InputError, KeyformerCache, KeyformerConfig
+from keyformer.quantize import weight_bytes
 from keyformer_lm_eval.model import KeyformerLM
 
 WORDS = ["the", "key", "tokens", "and", "recent", "ones", "stay", "while", "others", "leave"]
@@ -206,6 +207,71 @@ def test_generation_evicts(mpt) -> None:
         assert text == lm.tok_decode(out[0, ids.shape[1] :])
 
 
+GENERATED = {"max_gen_toks": 5, "until": [], "do_sample": False}
+KINDS = {
+    "loglikelihood": PAIRS,
+    "loglikelihood_rolling": [(words(i, 3 + 4 * i),) for i in range(5)],
+    "generate_until": [(context, GENERATED) for context in CONTEXTS],
+}
+
+
+def fed(lm: KeyformerLM, most_rows: int = 10**9) -> list[tuple[int, int]]:
+    """Shapes that are fed from now on; what has more rows does not fit into memory."""
+    shapes = []
+
+    def note(_, args, kwargs) -> None:
+        shapes.append(tuple((args[0] if args else kwargs["input_ids"]).shape))
+        if shapes[-1][0] > most_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    lm.model.register_forward_pre_hook(note, with_kwargs=True)
+    return shapes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_b12_auto_feeds_nothing_but_the_requests(mpt, kind: str) -> None:
+    """No trial at max_length, nor before any later call; hf's numbers."""
+    requests = ask(kind, *KINDS[kind][:3])
+    lm, fixed = model(mpt, batch_size="auto"), model(mpt, batch_size=64)
+    shapes, expected = fed(lm), fed(fixed)
+    results = [getattr(one, kind)(requests) for one in (lm, lm, fixed)]
+    assert shapes == 2 * expected
+    assert results[0] == results[1] == results[2]
+    assert lm.batch_size == "auto" and lm.batch_sizes == {0: 64}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_b12_auto_is_what_fits_of_the_longest_once(mpt, kind: str) -> None:
+    """Halved while memory runs out and kept, also for the requests of another kind."""
+    requests = ask(kind, *KINDS[kind])
+    lm = model(mpt, "h2o", kv_cache=40, batch_size="auto", max_batch_size=16)
+    shapes = fed(lm, most_rows=3)
+    got = getattr(lm, kind)(requests)
+    refused = [rows for rows, _ in shapes if rows > 3]
+    assert shapes[: len(refused)] == [shape for shape in shapes if shape[0] > 3] and refused
+    assert lm.batch_sizes == {0: 2}
+    shapes.clear()
+    assert getattr(lm, kind)(requests) == got
+    lm.loglikelihood(ask("loglikelihood", *PAIRS))
+    assert max(rows for rows, _ in shapes) == 2
+    assert got == getattr(model(mpt, "h2o", kv_cache=40, batch_size=2), kind)(requests)
+
+
+def test_b12_auto_n_finds_it_n_times(mpt) -> None:
+    """Shorter requests may come in larger batches; where not one fits, an error says so."""
+    texts = ask("loglikelihood_rolling", *[(words(i, 3 + 4 * i),) for i in range(8)])
+    lm = model(mpt, batch_size="auto:4", max_batch_size=4)
+    shapes = fed(lm, most_rows=3)
+    got = lm.loglikelihood_rolling(texts)
+    assert [rows for rows, _ in shapes] == [4, 2, 4, 2, 4, 2, 2]  # the last two are no more
+    assert lm.batch_sizes == {0: 2, 1: 2, 2: 2, 3: 4}
+    assert got == pytest.approx(model(mpt).loglikelihood_rolling(texts), abs=1e-3)
+    lm = model(mpt, batch_size="auto")
+    fed(lm, most_rows=0)
+    with pytest.raises(InputError, match="one sequence is too much for the memory: CUDA out of"):
+        lm.loglikelihood_rolling(texts)
+
+
 def test_arguments_come_as_lm_eval_parses_them(mpt) -> None:
     lm = KeyformerLM.create_from_arg_string(
         f"pretrained={mpt},method=h2o,kv_cache=35.5,prefill_chunk=8,dtype=bfloat16",
@@ -218,14 +284,27 @@ def test_arguments_come_as_lm_eval_parses_them(mpt) -> None:
     assert lm.pretrained == mpt and lm.tokenizer_name
 
 
+def test_b1_quantize_is_a_model_argument(mpt) -> None:
+    lm = KeyformerLM.create_from_arg_string(f"pretrained={mpt},quantize=int8", {"device": "cpu"})
+    assert weight_bytes(lm.model) < weight_bytes(model(mpt).model)
+    (total, _), (plain, _) = (
+        one.loglikelihood(ask("loglikelihood", PAIRS[0]))[0] for one in (lm, model(mpt))
+    )
+    assert total == pytest.approx(plain, rel=0.05) and total != plain
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        ({"quantize": "int3"}, "quantize must be one of bnb-8bit, bnb-4bit, int8, got 'int3'"),
         ({"method": "snapkv"}, "snapkv"),
         ({"kv_cach": 50}, "unknown setting 'kv_cach'"),
         ({"kv_cache": 0}, r"kv_cache must be a percentage in \(0, 100\], got 0"),
         ({"dtype": "float8"}, "float8"),
         ({"device": "toaster"}, "toaster"),
+        ({"batch_size": 0}, "batch_size must be a number, auto or auto:N, got 0"),
+        ({"batch_size": "autos"}, "batch_size"),
+        ({"max_batch_size": 0}, "max_batch_size"),
         ({"trust_remote_code": True}, "trust_remote_code"),
         ({"pretrained": "nowhere/model"}, "nowhere/model"),
     ],
@@ -235,7 +314,45 @@ def test_bad_arguments(mpt, arguments, says: str) -> None:
         KeyformerLM(**{"pretrained": mpt, "device": "cpu", **arguments})
 
 
+@pytest.mark.parametrize("device", [None, "cuda:99", "hpu"])
+def test_b18_a_device_that_is_not_there_is_a_gpu_or_the_cpu(mpt, caplog, device) -> None:
+    """As hf takes it; lm-eval's command says cuda:0 wherever it runs."""
+    lm = KeyformerLM(mpt, device=device, dtype="float32")
+    assert lm.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    notes = [record.getMessage() for record in caplog.records if "no device" in record.msg]
+    assert notes == (
+        [f"there is no device {device} here, the model is put on {lm.device}"] * bool(device)
+    )
+
+
 PLUGIN = str(Path(keyformer_lm_eval.__file__).with_name("plugin.yaml"))
+
+
+LAUNCHED = [
+    *("accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
+    *("-m", "keyformer_lm_eval"),
+]
+"""On the CPU, where ``--cpu`` starts one process unless there is MPI."""
+
+
+def evaluated(folder: Path, command: list[str], path: str, *flags: str) -> tuple[dict, str, str]:
+    """lm-eval's results from a command on three questions, and what it printed."""
+    folder.mkdir(exist_ok=True)
+    (folder / "task.yaml").write_text(
+        "task: two_ends\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'd.jsonl'}}}}}\n"
+        "doc_to_text: text\ndoc_to_choice: ends\ndoc_to_target: 0\n"
+    )
+    (folder / "d.jsonl").write_text('{"text": "the key", "ends": ["tokens", "others"]}\n' * 3)
+    script = Path(sys.executable).with_name(command[0])
+    named = ["--model", "keyformer", "--model_args", f"pretrained={path}", *flags]
+    tasks = ["--include_path", str(folder), "--output_path", str(folder / "out")]
+    ran = subprocess.run(
+        [str(script), *command[1:], *named, *tasks], capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    (written,) = (folder / "out").rglob("results_*.json")
+    return json.loads(written.read_text())["results"], ran.stdout, ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -247,25 +364,84 @@ PLUGIN = str(Path(keyformer_lm_eval.__file__).with_name("plugin.yaml"))
 )
 def test_a18_commands_find_the_model(mpt, tmp_path, command, plugin) -> None:
     """lm-eval's own, where the tasks name the plugin, and this project's without."""
-    (tmp_path / "task.yaml").write_text(
-        "task: two_ends\noutput_type: multiple_choice\ntest_split: test\n"
-        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'd.jsonl'}}}}}\n"
-        "doc_to_text: text\ndoc_to_choice: ends\ndoc_to_target: 0\n"
-    )
-    (tmp_path / "d.jsonl").write_text('{"text": "the key", "ends": ["tokens", "others"]}\n' * 3)
-    script = Path(sys.executable).with_name(command[0])
-    flags = ["--model", "keyformer", "--model_args", f"pretrained={mpt}", "--device", "cpu"]
-    tasks = ["--include_path", str(tmp_path), "--tasks", "two_ends", *plugin]
-    ran = subprocess.run(
-        [str(script), *command[1:], *flags, *tasks, "--output_path", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert any("two_ends" in line for line in ran.stdout.splitlines())
-    (written,) = (tmp_path / "out").rglob("results_*.json")
-    results = json.loads(written.read_text())["results"]
+    flags = ["--device", "cpu", "--tasks", "two_ends", *plugin]
+    results, printed, _ = evaluated(tmp_path, command, mpt, *flags)
+    assert any("two_ends" in line for line in printed.splitlines())
     assert [name for name, measured in results.items() if "acc,none" in measured] == ["two_ends"]
+
+
+TASKS = """
+task: {kind}_task
+output_type: {kind}
+test_split: test
+fewshot_split: test
+num_fewshot: {shots}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+doc_to_text: "{{{{text}}}}"
+doc_to_target: {target}
+metric_list: [{{metric: {metric}}}]
+{more}
+"""
+
+
+def test_processes_share_the_requests_and_give_what_one_gives(mpt, tmp_path) -> None:
+    """Five documents on two processes, each kind of requests, examples drawn: alike to the end."""
+    data = tmp_path / "data.jsonl"
+    documents = [
+        {"text": words(i, 5 + 3 * i), "ends": [words(i, 2), "key"], "end": "key"} for i in range(5)
+    ]
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    kinds = {
+        "multiple_choice": (2, 0, "acc", "doc_to_choice: ends"),
+        "loglikelihood_rolling": (0, '"{{text}}"', "bits_per_byte", ""),
+        "generate_until": (2, "end", "exact_match", "generation_kwargs: {max_gen_toks: 5}"),
+    }
+    for kind, (shots, target, metric, more) in kinds.items():
+        task = TASKS.format(
+            kind=kind, shots=shots, target=target, metric=metric, more=more, data=data
+        )
+        (tmp_path / f"{kind}.yaml").write_text(task)
+    flags = ["--model_args", f"pretrained={mpt},kv_cache=40", "--include_path", str(tmp_path)]
+    flags += [
+        "--model",
+        "keyformer",
+        "--log_samples",
+        "--tasks",
+        *(f"{kind}_task" for kind in kinds),
+    ]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    runs = {}
+    for command in (LAUNCHED, ["keyformer-lm-eval"]):
+        out = tmp_path / command[0]
+        ran = subprocess.run(
+            [
+                Path(sys.executable).with_name(command[0]),
+                *command[1:],
+                *flags,
+                "--output_path",
+                out,
+                "--device",
+                "cpu",
+            ],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+        assert ran.returncode == 0, ran.stderr
+        (written,) = out.rglob("results_*.json")
+        samples = {path.name.split("_task")[0]: path.read_text() for path in out.rglob("samples_*")}
+        assert [text.count("\n") for text in samples.values()] == [5, 5, 5]
+        runs[command[0]] = (json.loads(written.read_text())["results"], samples, ran.stdout)
+    assert runs["accelerate"] == runs["keyformer-lm-eval"]
+
+
+def test_b18_the_command_picks_a_device(mpt, tmp_path) -> None:
+    """Without --device, which lm-eval then says is cuda:0."""
+    results, _, notes = evaluated(tmp_path, ["keyformer-lm-eval"], mpt, "--tasks", "two_ends")
+    assert "acc,none" in results["two_ends"]
+    note = "there is no device cuda:0 here, the model is put on cpu"
+    assert notes.count(note) == (not torch.cuda.is_available())
 
 
 def test_a18_names_of_the_commands() -> None:

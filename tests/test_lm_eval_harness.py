@@ -15,9 +15,10 @@ from conftest import script
 from lm_eval.api.model import LM
 from originals import write_original
 
-from keyformer import InputError, KeyformerConfig
+from keyformer import InputError, KeyformerConfig, load_model
 from keyformer.evaluation.flags import run_main
 from keyformer.evaluation.sweep import carry_out
+from keyformer.quantize import weight_bytes
 from keyformer_lm_eval.harness import evaluate, find_tasks
 from keyformer_lm_eval.measure import Accuracy
 from tiny.corpus import SHAPES, options
@@ -119,6 +120,62 @@ def test_chunks_and_method_are_the_models(model_path, tmp_path) -> None:
     assert found[2] != pytest.approx(found[0], abs=1e-3)
 
 
+def test_b1_quantized_weights_are_loaded_and_recorded(model_path, tmp_path) -> None:
+    """Fewer bytes than unquantized, in the record and in lm-eval's own results."""
+    records = {
+        kind: run(model_path, tmp_path / str(kind), "--tasks", "tiny_copa", *flags)
+        for kind, flags in ((None, ()), ("int8", ("--quantize", "int8")))
+    }
+    assert {kind: record["quantize"] for kind, record in records.items()} == {
+        None: None,
+        "int8": "int8",
+    }
+    layers = load_model(model_path, device="cpu", dtype="float32", quantize="int8")[0]
+    assert records["int8"]["weight_bytes"] == weight_bytes(layers)
+    assert records["int8"]["weight_bytes"] < records[None]["weight_bytes"]
+    for kind, record in records.items():
+        (results,) = (tmp_path / str(kind)).glob("*/results_*.json")
+        config = json.loads(results.read_text())["config"]
+        assert config["model_args"]["quantize"] == kind
+        assert config["weight_bytes"] == record["weight_bytes"]
+
+
+def launched(*flags: str) -> subprocess.CompletedProcess:
+    """The script on two processes on the CPU."""
+    launcher = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    command = [Path(sys.executable).with_name("accelerate"), "launch", *launcher]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, HARNESS / "run_lm_eval_harness.py", *flags],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+
+
+def test_two_processes_write_what_one_writes(model_path, tmp_path, capsys) -> None:
+    """Three documents, so that one of them has two: samples, results and what is printed."""
+    flags = ["--model_path", model_path, "--device", "cpu", "--keyformer", "--kv_cache", "40"]
+    flags += ["--tasks", "tiny_copa", "--num_fewshot", "2", "--limit", "3", "--bs", "1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    harness.main([*flags, "--out", str(one)])
+    done = launched(*flags, "--out", str(two))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.replace(str(two), str(one)) == capsys.readouterr().out
+    records = [json.loads((out / "record.json").read_text()) for out in (one, two)]
+    assert [record["processes"] for record in records] == [1, 2]
+    assert records[0]["results"] == records[1]["results"]
+    samples = [path.read_text() for out in (one, two) for path in out.glob("*/samples_*.jsonl")]
+    assert len(samples) == 2 and samples[0] == samples[1]
+
+
+def test_more_processes_than_documents_are_an_error(model_path, tmp_path) -> None:
+    flags = ["--model_path", model_path, "--tasks", "tiny_copa", "--out", str(tmp_path)]
+    done = launched(*flags, "--limit", "1")
+    assert done.returncode and not list(tmp_path.glob("*"))
+    assert "the 1 documents of tiny_copa cannot be shared out over 2 processes" in done.stderr
+
+
 BAD = [
     (["--tasks", "tiny_copa", "copper"], "'copper'"),
     (["--num_fewshot", "-1"], "--num_fewshot must be at least 0, got -1"),
@@ -134,6 +191,8 @@ BAD = [
     (["--model_parallelize"], "--device"),
     (["--no-causal_lm"], "encoder-decoder"),
     (["--dtype", "float8"], "float8"),
+    (["--device", "cuda:99"], "device 'cuda:99' is not available"),
+    (["--device", "cuda:99", "--dtype", "float32"], "device 'cuda:99' is not available"),
     (["--out", "{file}/out"], "file"),
 ]
 

@@ -49,7 +49,7 @@ def _known(its_own: bool) -> TaskManager:
 def evaluate(
     lm: KeyformerLM, names: Sequence[str], manager: TaskManager, shots: int, **options: Any
 ) -> dict[str, Any]:
-    """Results of a model on tasks, as lm-eval returns them.
+    """Results of a model on tasks, as lm-eval returns them; {} but in the main process.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def evaluate(
         If a task's dataset cannot be read.
     """
     try:
-        return simple_evaluate(
+        results = simple_evaluate(
             model=lm,
             tasks=manager.match_tasks(list(names)),
             num_fewshot=shots,
@@ -76,3 +76,4 @@ def evaluate(
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"cannot read the data of {', '.join(names)}: {reason}") from error
+    return results or {}

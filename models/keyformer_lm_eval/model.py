@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import release_memory
+from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import UNLIMITED, InputError, KeyformerConfig
-from keyformer.integration import enable_keyformer, load_model
+from keyformer.integration import check_device, enable_keyformer, load_model
 from keyformer.modeling import position_inputs
+from keyformer.quantize import weight_bytes
 from keyformer_lm_eval import register
+from keyformer_lm_eval.processes import processes, share_alike
 
 LOGGER = logging.getLogger(__name__)
 
 T = TypeVar("T")
+R = TypeVar("R")
 Tokens = tuple[int, ...]
 Score = tuple[float, bool]
 """The log-probability of a continuation, and whether greedy decoding would give it."""
@@ -51,12 +60,19 @@ class KeyformerLM(HFLM):
         A checkpoint folder or a name on the hub.
     method
         A key of ``keyformer.config.METHODS``.
-    dtype, device, use_fast_tokenizer
+    dtype, quantize, use_fast_tokenizer
         Those of :func:`keyformer.load_model`.
+    device
+        As "hf" takes it: one that the machine lacks, such as the "cuda:0" of lm-eval's command,
+        stands for a GPU if there is one, else the CPU. Several processes have their own.
     parallelize
         Spread the layers over all GPUs.
+    share
+        Under ``accelerate launch``, take one of the processes' shares of the requests on its
+        device; False leaves the processes alone.
     batch_size
-        Sequences in a forward call, or "auto" for as many as fit.
+        Sequences in a forward call; "auto" for as many of the longest requests as fit, found once;
+        "auto:N" to find it N times while they get shorter.
     max_batch_size, max_length, truncation, add_bos_token, prefix_token_id
         Those of lm-eval's "hf" model. ``max_length`` is 2048 where a model has no table of
         positions, which is then no limit of the model.
@@ -77,8 +93,10 @@ class KeyformerLM(HFLM):
         *,
         dtype: str | torch.dtype = "auto",
         device: str | None = None,
+        quantize: str | None = None,
         use_fast_tokenizer: bool = True,
         parallelize: bool = False,
+        share: bool = True,
         batch_size: int | str = 1,
         max_batch_size: int = 64,
         max_length: int | None = None,
@@ -87,27 +105,43 @@ class KeyformerLM(HFLM):
         prefix_token_id: int | None = None,
         **settings: Any,
     ) -> None:
+        if not re.fullmatch(r"0*[1-9]\d*|auto(:\d+(\.\d+)?)?", str(batch_size)):
+            raise InputError(f"batch_size must be a number, auto or auto:N, got {batch_size!r}")
+        if max_batch_size < 1:
+            raise InputError(f"max_batch_size must be at least 1, got {max_batch_size}")
+        state = processes()
+        shared = share and state.num_processes > 1
+        if shared and parallelize:
+            raise InputError("parallelize gives one process all GPUs, and there are several")
+        if shared and not state.is_main_process:
+            disable_progress_bar()
         config = KeyformerConfig.preset(method, **{"seed": 0, **settings})
         model, tokenizer = load_model(
             pretrained,
             config,
             dtype=dtype,
-            device=device,
+            device=state.device if shared else _device(device),
             device_map="auto" if parallelize else None,
+            quantize=quantize,
             use_fast_tokenizer=use_fast_tokenizer,
         )
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            backend="causal",
-            batch_size=batch_size,
-            max_batch_size=max_batch_size,
-            max_length=max_length,
-            truncation=truncation,
-            add_bos_token=add_bos_token,
-            prefix_token_id=prefix_token_id,
-        )
+        with _silent(HFLM.__module__):  # which warns of launchers and of a loaded model
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                backend="causal",
+                batch_size=batch_size,
+                max_batch_size=max_batch_size,
+                max_length=max_length,
+                truncation=truncation,
+                add_bos_token=add_bos_token,
+                prefix_token_id=prefix_token_id,
+            )
         self.pretrained = pretrained
+        if shared:
+            share_alike()
+            self.accelerator = Accelerator()
+            self._rank, self._world_size = state.process_index, state.num_processes
 
     @property
     def keyformer_config(self) -> KeyformerConfig:
@@ -118,12 +152,15 @@ class KeyformerLM(HFLM):
     def keyformer_config(self, config: KeyformerConfig) -> None:
         enable_keyformer(self.model, config)
 
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes about the model, and the bytes of its weights."""
+        return {**super().get_model_info(), "weight_bytes": weight_bytes(self.model)}
+
     @torch.no_grad()
     def _loglikelihood_tokens(
         self,
         requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
         disable_tqdm: bool = False,
-        override_bs: int | None = None,
     ) -> list[Score]:
         """Score continuations; requests are (texts, context tokens, continuation tokens)."""
         asked: dict[Tokens, dict[Tokens, list[int]]] = {}
@@ -141,31 +178,37 @@ class KeyformerLM(HFLM):
         if cut:
             LOGGER.warning("%d requests lose their beginning: max_length %d", cut, self.max_length)
         results: list[Score] = [(0.0, False)] * len(requests)
-        rows = override_bs or self._rows()
-        with tqdm(total=len(requests), desc="Keyformer", disable=disable_tqdm) as bar:
-            for contexts in batches(sorted(asked, key=len, reverse=True), rows):
-                cache, predicted = self._prefill(contexts)
-                pairs = [(row, end) for row, one in enumerate(contexts) for end in asked[one]]
-                pairs.sort(key=lambda pair: -len(pair[1]))
-                for part in batches(pairs, rows):
-                    taken = torch.tensor([row for row, _ in part], device=self.device)
-                    own = copy.deepcopy(cache)
-                    own.batch_select_indices(taken)
-                    scores = self._score(own, predicted[taken], [end for _, end in part])
-                    for (row, end), score in zip(part, scores, strict=True):
-                        for index in asked[contexts[row]][end]:
-                            results[index] = score
-                            if requests[index][0] is not None:
-                                self.cache_hook.add_partial(
-                                    "loglikelihood", requests[index][0], score
-                                )
-                            bar.update()
+
+        def run(contexts: Sequence[Tokens], rows: int) -> list[tuple[int, Score]]:
+            cache, predicted = self._prefill(contexts)
+            pairs = [(row, end) for row, one in enumerate(contexts) for end in asked[one]]
+            pairs.sort(key=lambda pair: -len(pair[1]))
+            found = []
+            for part in batches(pairs, rows):
+                taken = torch.tensor([row for row, _ in part], device=self.device)
+                own = copy.deepcopy(cache)
+                own.batch_select_indices(taken)
+                scores = self._score(own, predicted[taken], [end for _, end in part])
+                for (row, end), score in zip(part, scores, strict=True):
+                    found += [(index, score) for index in asked[contexts[row]][end]]
+            return found
+
+        with self._bar(len(requests), disable_tqdm) as bar:
+            for index, score in self._in_batches(sorted(asked, key=len, reverse=True), run):
+                results[index] = score
+                if requests[index][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[index][0], score)
+                bar.update()
         return results
+
+    def _cache(self, contexts: Sequence[Tokens]) -> KeyformerCache:
+        """An empty cache for a batch of texts that begin with these tokens."""
+        return KeyformerCache(self.model.config, self.keyformer_config)
 
     def _prefill(self, contexts: Sequence[Tokens]) -> tuple[KeyformerCache, Tensor]:
         """A batch of prompts: their cache, and the logits (batch, vocabulary) after them."""
         ids, real = self._padded(contexts, side="left")
-        cache = KeyformerCache(self.model.config, self.keyformer_config)
+        cache = self._cache(contexts)
         output = self.model(
             ids,
             attention_mask=real,
@@ -220,12 +263,15 @@ class KeyformerLM(HFLM):
                 windows.append((index, tuple(context + scored), len(scored)))
         windows.sort(key=lambda window: -len(window[1]))
         totals = [0.0] * len(requests)
-        with tqdm(total=len(windows), desc="Keyformer", disable=disable_tqdm) as bar:
-            for batch in batches(windows, self._rows()):
-                flowed = self._stream([text for _, text, _ in batch], [n for _, _, n in batch])
-                for (index, _, _), total in zip(batch, flowed, strict=True):
-                    totals[index] += total
-                bar.update(len(batch))
+
+        def run(batch: Sequence[tuple[int, Tokens, int]], _: int) -> list[float]:
+            return self._stream([text for _, text, _ in batch], [n for _, _, n in batch])
+
+        with self._bar(len(windows), disable_tqdm) as bar:
+            flowed = self._in_batches(windows, run)
+            for (index, _, _), total in zip(windows, flowed, strict=True):
+                totals[index] += total
+                bar.update()
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -235,7 +281,7 @@ class KeyformerLM(HFLM):
         tokens, real = self._padded(texts, side="right")
         fed, asked = real[:, 1:], real.flip(1).cumsum(dim=1).flip(1)[:, 1:]
         asked = fed & (asked <= torch.tensor(scored, device=self.device)[:, None])
-        cache = KeyformerCache(self.model.config, self.keyformer_config)
+        cache = self._cache(texts)
         cache.expect(fed)
         chunk = self.keyformer_config.prefill_chunk
         if chunk is None:
@@ -251,6 +297,39 @@ class KeyformerLM(HFLM):
             total += found.masked_fill(~asked[:, part], 0.0).sum(dim=1)
         return total.tolist()
 
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """hf's texts; where batches are to be as large as fits, of the longest prompts first."""
+        generate = super().generate_until
+        auto = self.batch_size
+        if auto != "auto":
+            return generate(requests, disable_tqdm=disable_tqdm)
+        texts = [""] * len(requests)
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+
+        def run(indices: Sequence[int], rows: int) -> list[str]:
+            self.batch_size_per_gpu = rows
+            try:
+                return generate([requests[index] for index in indices], disable_tqdm=True)
+            finally:
+                self.batch_size_per_gpu = auto
+
+        with self._bar(len(requests), disable_tqdm) as bar:
+            order = sorted(range(len(requests)), key=lambda index: -lengths[index])
+            for index, text in zip(order, self._in_batches(order, run), strict=True):
+                texts[index] = text
+                bar.update()
+        return texts
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> Tensor:
+        """hf's ``generate``, over a cache of this model's making."""
+        real = options["attention_mask"].bool()
+        contexts = [tuple(row[kept].tolist()) for row, kept in zip(context, real, strict=True)]
+        return super()._model_generate(
+            context, max_length, stop, past_key_values=self._cache(contexts), **options
+        )
+
     def _padded(self, rows: Sequence[Tokens], side: str) -> tuple[Tensor, Tensor]:
         """Tokens (batch, longest) int64 and which of them are real, bool."""
         ids = [torch.tensor(row, device=self.device) for row in rows]
@@ -259,9 +338,73 @@ class KeyformerLM(HFLM):
         pad = self.tokenizer.pad_token_id
         return pad_sequence(ids, padding_value=pad, **options), real.to(torch.bool)
 
-    def _rows(self) -> int:
-        """Sequences in a forward call."""
-        return self._detect_batch_size() if self.batch_size == "auto" else self.batch_size
+    def _in_batches(
+        self, items: Sequence[T], run: Callable[[Sequence[T], int], Sequence[R]]
+    ) -> Iterator[R]:
+        """What ``run`` gives for items that come longest first, a batch at a time.
+
+        Where the batch size is "auto", the longest tell how many fit: ``max_batch_size``, or half
+        as often as memory runs out. That is kept for later calls. "auto:N" starts from
+        ``max_batch_size`` N times on the way to the shortest.
+
+        Parameters
+        ----------
+        run
+            Called with some of the items and how many sequences a forward call may have.
+        """
+        start = 0
+        while start < len(items):
+            part = int(start * self.batch_schedule / len(items))
+            auto = self.batch_size == "auto"
+            rows = self.batch_sizes.get(part, self.max_batch_size) if auto else self.batch_size
+            try:
+                results = run(items[start : start + rows], rows)
+            except RuntimeError as error:
+                if not auto or not should_reduce_batch_size(error):
+                    raise
+                if rows == 1:
+                    raise InputError(f"one sequence is too much for the memory: {error}") from error
+                results = None
+            if auto:
+                self.batch_sizes[part] = rows if results is not None else rows // 2
+            if results is None:
+                release_memory()  # after the error is gone, which holds on to tensors
+                continue
+            yield from results
+            start += rows
+
+    def _bar(self, total: int, disable: bool) -> tqdm:
+        """The progress of one kind of requests."""
+        return tqdm(total=total, desc="Keyformer", disable=disable or self.rank != 0)
+
+
+def _device(device: str | None) -> torch.device:
+    """The device of that name or, where the machine lacks it, a GPU or the CPU, with a note.
+
+    Raises
+    ------
+    InputError
+        If the name is none that lm-eval's "hf" model knows.
+    """
+    try:
+        return check_device(device)
+    except InputError:
+        if not re.fullmatch(r"(cuda|mps|npu|xpu|hpu)(:\d+)?", str(device)):
+            raise
+        found = check_device(None)
+        LOGGER.warning("there is no device %s here, the model is put on %s", device, found)
+        return found
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Without what a logger has to say."""
+    logger = logging.getLogger(name)
+    logger.disabled, before = True, logger.disabled
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
