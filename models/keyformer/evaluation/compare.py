@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from keyformer.config import CACHE_DTYPES, METHODS, InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
-from keyformer.evaluation.data import TASKS, Task, load_items, make_prompt, sample
+from keyformer.evaluation.data import TASKS, Task, load_items, make_prompt, prompt_kind, sample
 from keyformer.evaluation.generation import generate
 from keyformer.evaluation.results import check_writable, run_record, write_json
 from keyformer.evaluation.run import load, prompt_room, summary
@@ -48,7 +48,8 @@ def compare(
     items = sample(load_items(flags.dataset_path, task), flags.n_obs, seed=0)
     model, tokenizer = load(flags)
     room = prompt_room(model, flags.max_new_tokens)
-    prompts = [make_prompt(item, task, tokenizer, room) for item in items]
+    kind = prompt_kind(flags.prompt, tokenizer)
+    prompts = [make_prompt(item, task, tokenizer, room, kind) for item in items]
 
     results, texts = [], {}
     for method, seed, config in settings:
@@ -72,7 +73,7 @@ def compare(
     print_table(results)
     if flags.record:
         described = {"model": flags.model_name, "task": task_name, "items": len(items)}
-        described |= {"beam": flags.beam, "quantize": flags.quantize}
+        described |= {"prompt": kind, "beam": flags.beam, "quantize": flags.quantize}
         described["weight_bytes"] = weight_bytes(model)
         record = {**described, **run_record(model.device), "rows": results}
         write_json(flags.record, record)
@@ -101,6 +102,7 @@ def parse(
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], help="for methods that draw noise"
     )
+    flag.prompt_flag(parser)
     parser.add_argument("--dataset_path", default=dataset_path)
     parser.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
     parser.add_argument("--bs", type=int, default=8)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from keyformer.cache import KeyformerCache
 from keyformer.config import KeyformerConfig
 from keyformer.evaluation.attentions import AttentionRecorder
+from keyformer.evaluation.data import encode
 
 
 @dataclass
@@ -103,13 +104,13 @@ def generate(
     with tqdm(total=len(prompts), unit="doc", disable=not progress) as bar:
         for start in range(0, len(prompts), batch_size):
             batch = list(prompts[start : start + batch_size])
-            inputs = tokenizer(
+            inputs = encode(
+                tokenizer,
                 batch,
                 padding=padding,
                 max_length=max_prompt_tokens if padding == "max_length" else None,
                 return_token_type_ids=False,
                 return_tensors="pt",
-                verbose=False,
             ).to(model.device)
             prompt_length = inputs["input_ids"].shape[1]
             options = dict(generate_options)

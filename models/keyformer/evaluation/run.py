@@ -12,7 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
-from keyformer.evaluation.data import TASKS, Item, Task, load_items, make_prompt, sample
+from keyformer.evaluation.data import (
+    TASKS,
+    Item,
+    Task,
+    encode,
+    load_items,
+    make_prompt,
+    prompt_kind,
+    sample,
+)
 from keyformer.evaluation.generation import Generated, generate
 from keyformer.evaluation.results import (
     check_writable,
@@ -108,17 +117,18 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     items = sample(load_items(flags.dataset_path, task), flags.n_obs, flags.seed)
     model, tokenizer = load(flags)
     tokenizer.padding_side = flags.padding_side
+    kind = prompt_kind(flags.prompt, tokenizer)
 
     room = prompt_room(model, flags.max_new_tokens, config)
     longest = flags.max_tokenizer_length if room is None else min(flags.max_tokenizer_length, room)
     if flags.no_truncation:
-        check_lengths(items, task, tokenizer, room)
+        check_lengths(items, task, tokenizer, room, kind)
         longest = None
     set_seed(flags.seed)
     generated = generate(
         model,
         tokenizer,
-        [make_prompt(item, task, tokenizer, longest) for item in items],
+        [make_prompt(item, task, tokenizer, longest, kind) for item in items],
         config,
         batch_size=flags.bs,
         padding=flags.padding,
@@ -138,6 +148,7 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
         **summary(generated, items, task),
         "model": flags.model_name if not flags.model_path else Path(flags.model_path).name,
         "task": flags.task,
+        "prompt": kind,
         "method": method,
         "config": asdict(config),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -182,7 +193,11 @@ def prompt_room(
 
 
 def check_lengths(
-    items: Sequence[Item], task: Task, tokenizer: PreTrainedTokenizerBase, room: int | None
+    items: Sequence[Item],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    room: int | None,
+    kind: str | None = None,
 ) -> None:
     """Refuse prompts that a table of positions cannot hold, before anything is generated.
 
@@ -194,7 +209,8 @@ def check_lengths(
     if room is None:
         return
     for index, item in enumerate(items):
-        tokens = len(tokenizer(task.prompt(item), verbose=False)["input_ids"])
+        prompt = make_prompt(item, task, tokenizer, kind=kind)
+        tokens = len(encode(tokenizer, prompt)["input_ids"])
         if tokens > room:
             raise InputError(
                 f"the prompt of item {index} has {tokens} tokens and the model's positions leave"
