@@ -58,6 +58,8 @@ def talk(flags: argparse.Namespace) -> None:
         flags.keyformer = True
     if flags.kv_budget is None:
         flags.kv_budget = CHAT_BUDGET
+    if flags.prompt is not None:
+        raise InputError("--interactive has a form of its own: leave out --prompt")
     _, config = flag.method_config(flags)
     flag.check_task_flags(flags)
     for name in ("beam", "num_return_sequences"):

@@ -149,7 +149,7 @@ def test_texts_depend_on_no_batch_and_no_process(model_path, datasets, tmp_path)
             assert done.returncode == 0, errors
             scores = json.loads((out / "scores.json").read_text())
             assert (scores["items"], scores["unfinished"]) == (11, 0)
-            assert errors.count("0/10 ") == 1  # one bar, over all processes
+            assert errors.count("| 0/10 ") == 1  # one bar, over all processes
         texts[processes, batch] = (out / "texts.txt").read_text()
         assert len(stored(out)) == 10  # of which two items are alike
     assert len(set(texts.values())) == 1

@@ -35,6 +35,7 @@ from transformers.utils.logging import (
 )
 
 from keyformer.config import InputError
+from keyformer.gguf import is_gguf, read_gguf_settings
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -157,9 +158,10 @@ def _one_line(error: BaseException) -> str:
     return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 
-def _broken(folder: Path, patterns: Sequence[str]) -> str | None:
-    """Which of a folder's files cannot be read, and why; None if they all can."""
-    for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+def _broken(path: Path, patterns: Sequence[str]) -> str | None:
+    """Which of a folder's files, or the one that is no folder, cannot be read, and why; or None."""
+    found = [path] if path.is_file() else [f for p in patterns for f in path.glob(p)]
+    for file in sorted(found):
         try:
             _try_to_read(file)
         except InputError as error:
@@ -185,6 +187,13 @@ def _try_to_read(file: Path) -> None:
     elif file.suffix == ".safetensors":
         with safe_open(file, "pt"):
             pass
+    elif file.suffix == ".gguf":
+        from gguf import GGUFReader
+
+        try:
+            GGUFReader(file)
+        except Exception as error:  # of numpy, about shapes
+            raise InputError(f"{file.name} is cut off or no GGUF file") from error
     elif file.suffix == ".bin":
         try:
             held = torch.load(file, map_location="meta", weights_only=True)
@@ -214,7 +223,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The fields of a checkpoint's config.json.
+    """The fields of a checkpoint's config.json, or what a .gguf file has in its place.
 
     Raises
     ------
@@ -223,6 +232,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     OSError
         If there is no such checkpoint.
     """
+    if is_gguf(path):
+        return read_gguf_settings(path)
     file = cached_file(path, CONFIG, _raise_exceptions_for_missing_entries=False)
     if file is None:
         raise InputError(f"there is no {CONFIG}")
@@ -385,6 +396,8 @@ def check_generation(path: str | Path, **hub: Any) -> None:
     InputError
         Naming the field, its value and what is allowed.
     """
+    if is_gguf(path):  # which holds none
+        return
     file = cached_file(path, GENERATION, _raise_exceptions_for_missing_entries=False, **hub)
     if file is None:
         return

@@ -32,6 +32,7 @@ from keyformer.checkpoint import (
     reading,
 )
 from keyformer.config import InputError, KeyformerConfig
+from keyformer.gguf import checkpoint_folder, forget_gguf, gguf_file, is_gguf, unpacking
 from keyformer.interface import make_patches, switch_attention, switch_back
 from keyformer.modeling import KeyformerGenerationMixin, patch, unpatch
 from keyformer.quantize import quantization_config, quantize_transposed
@@ -69,8 +70,9 @@ def load_model(
     ----------
     path
         A checkpoint folder (config.json and .safetensors or .bin weights, in one file or
-        several shards) or a name on the Hugging Face hub, of any model that
-        :func:`enable_keyformer` takes. No remote code is run.
+        several shards), a .gguf file (weights are unpacked, the tokenizer is the file's) or a
+        name on the Hugging Face hub, of any model that :func:`enable_keyformer` takes. No
+        remote code is run.
     config
         Method and settings that ``generate`` uses; the defaults of KeyformerConfig if None.
     dtype
@@ -97,7 +99,8 @@ def load_model(
     InputError
         If the path has no usable checkpoint (a file is missing or broken, a setting is not
         supported, weights are missing, too many or not finite: the message says which), dtype,
-        device or quantize is unknown, or the package that quantizes is not installed.
+        device or quantize is unknown, or the package that quantizes, or reads a .gguf file,
+        is not installed.
     """
     if isinstance(dtype, str) and dtype != "auto":
         if dtype not in DTYPES:
@@ -112,30 +115,37 @@ def load_model(
     with reading(path, CONFIG):
         if package:
             model_config = package.make_config(settings)
+        elif is_gguf(path):
+            model_config = AutoConfig.for_model(**settings)
         else:
             model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         check_sizes(model_config)
         check_config(model_config)
     if quantize is not None:
+        if is_gguf(path):
+            raise InputError(f"quantize must be None for a .gguf file, got {quantize!r}")
         compute_in: Any = dtype if dtype != "auto" else model_config.dtype or torch.float32
         kwargs["quantization_config"] = quantization_config(quantize, compute_in)
-    with reading(path, "the tokenizer", TOKENIZER):
+    with reading(path, "the tokenizer", TOKENIZER), checkpoint_folder(path) as folder:
         tokenizer = AutoTokenizer.from_pretrained(
-            path,
+            folder,
             config=model_config,
             use_fast=use_fast_tokenizer,
             padding_side="left",
             trust_remote_code=False,
+            **gguf_file(path),
         )
         check_tokenizer(tokenizer, model_config.vocab_size, Path(path))
     where = {name: kwargs[name] for name in HUB if name in kwargs}
     with reading(path, GENERATION):
         check_generation(path, **where)
-    with reading(path, "the weights", WEIGHTS, caller=kwargs):
+    kwargs = unpacking(path) | kwargs
+    files = reading(path, "the weights", WEIGHTS, caller=kwargs)
+    with files, checkpoint_folder(path) as folder:
         check_shards(Path(path, kwargs.get("subfolder") or ""))
         options = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = model_class.from_pretrained(
-            path,
+            folder,
             config=model_config,
             dtype=dtype,
             device_map=device_map,
@@ -143,6 +153,8 @@ def load_model(
             **options,
         )
         check_weights(model, report)
+    if is_gguf(path):
+        forget_gguf(model)
     if quantize is not None:
         quantize_transposed(model, quantize)
     if tokenizer.pad_token is None:

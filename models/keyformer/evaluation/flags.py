@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from keyformer.config import CACHE_DTYPES, METHODS, POSITIONS, InputError, KeyformerConfig
-from keyformer.evaluation.data import TASKS
+from keyformer.evaluation.data import PROMPTS, TASKS
 from keyformer.evaluation.processes import is_main, leave
 from keyformer.integration import check_device
 from keyformer.quantize import QUANTIZATIONS
@@ -146,6 +146,16 @@ def chunk_flag(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def prompt_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag for what items are turned into."""
+    parser.add_argument(
+        "--prompt",
+        choices=PROMPTS,
+        help="alpaca, the paper's template; chat, the tokenizer's own; none, the document without"
+        " an instruction (default: chat if the tokenizer has a template, else alpaca)",
+    )
+
+
 def method_config(flags: argparse.Namespace) -> tuple[str, KeyformerConfig]:
     """The method's name and configuration that the flags ask for.
 
@@ -262,6 +272,7 @@ def task_flags(
     """
     group = parser.add_argument_group("data")
     group.add_argument("--task", choices=TASKS, default=task, help="how items become prompts")
+    prompt_flag(group)
     group.add_argument("--dataset_path", default=dataset_path, help="JSON list or JSON lines")
     group.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
     group.add_argument("--seed", type=int, default=0, help="of every draw (default: 0)")

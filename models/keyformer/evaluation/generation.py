@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from keyformer.cache import KeyformerCache
 from keyformer.config import KeyformerConfig
 from keyformer.evaluation.attentions import AttentionRecorder
+from keyformer.evaluation.data import encode
 from keyformer.evaluation.identity import noise_id
 
 
@@ -124,13 +125,13 @@ def generate_batch(
     generate_options
         Passed to ``model.generate``; ``max_new_tokens`` is required.
     """
-    inputs = tokenizer(
+    inputs = encode(
+        tokenizer,
         list(prompts),
         padding=padding,
         max_length=max_prompt_tokens if padding == "max_length" else None,
         return_token_type_ids=False,
         return_tensors="pt",
-        verbose=False,
     ).to(model.device)
     prompt_length = inputs["input_ids"].shape[1]
     options = dict(generate_options)

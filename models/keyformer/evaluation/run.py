@@ -17,8 +17,10 @@ from keyformer.evaluation.data import (
     TASKS,
     Item,
     Task,
+    encode,
     load_items,
     make_prompt,
+    prompt_kind,
     prompt_room,
     sample,
 )
@@ -195,17 +197,18 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     store = Store(flags.store)
     model, tokenizer = load(flags)
     tokenizer.padding_side = flags.padding_side
+    kind = prompt_kind(flags.prompt, tokenizer)
 
     room = prompt_room(model, flags.max_new_tokens, config)
     longest = flags.max_tokenizer_length if room is None else min(flags.max_tokenizer_length, room)
     if flags.no_truncation:
-        check_lengths(items, task, tokenizer, room)
+        check_lengths(items, task, tokenizer, room, kind)
         longest = None
     job = generation(
         flags,
         model,
         tokenizer,
-        [make_prompt(item, task, tokenizer, longest) for item in items],
+        [make_prompt(item, task, tokenizer, longest, kind) for item in items],
         config,
         flags.seed,
         attentions=(
@@ -234,6 +237,7 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
         "items_from_store": kept,
         "model": flags.model_name if not flags.model_path else Path(flags.model_path).name,
         "task": flags.task,
+        "prompt": kind,
         "method": method,
         "config": asdict(config),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -260,7 +264,11 @@ def generated(job: Job, store: Store) -> dict[int, Generated]:
 
 
 def check_lengths(
-    items: Sequence[Item], task: Task, tokenizer: PreTrainedTokenizerBase, room: int | None
+    items: Sequence[Item],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    room: int | None,
+    kind: str | None = None,
 ) -> None:
     """Refuse prompts that a table of positions cannot hold, before anything is generated.
 
@@ -272,7 +280,8 @@ def check_lengths(
     if room is None:
         return
     for index, item in enumerate(items):
-        tokens = len(tokenizer(task.prompt(item), verbose=False)["input_ids"])
+        prompt = make_prompt(item, task, tokenizer, kind=kind)
+        tokens = len(encode(tokenizer, prompt)["input_ids"])
         if tokens > room:
             raise InputError(
                 f"the prompt of item {index} has {tokens} tokens and the model's positions leave"
