@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 from keyformer.config import InputError
@@ -20,6 +21,7 @@ from keyformer.evaluation.results import (
     run_record,
     write_json,
 )
+from keyformer.evaluation.store import Store
 from keyformer.integration import PACKAGES, check_device
 from keyformer.quantize import weight_bytes
 from keyformer_lm_eval.harness import evaluate, find_tasks
@@ -38,9 +40,53 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {**asdict(config), "seed": flags.seed}
     check_writable(flags.out, folder=True)
     manager = find_tasks(flags.tasks)
+    store = Store(flags.store)
     lm = load(flags, method, settings)
+    lm.store, lm.resume = store, flags.resume
     tracker = EvaluationTracker(output_path=str(flags.out))
-    results = evaluate(
+    try:
+        results = run(flags, lm, manager, method, settings, tracker)
+    except KeyboardInterrupt as stop:
+        told = f"finished requests are kept in {store.path}, and the same command goes on"
+        raise type(stop)(told) from stop
+    finally:
+        store.close()
+    if not results:
+        return
+    samples = results.pop("samples")
+    record = {
+        "model": flags.model_name,
+        "method": method,
+        "config": settings,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "quantize": flags.quantize,
+        "weight_bytes": weight_bytes(lm.model),
+        **{name: getattr(flags, name) for name in ("tasks", "num_fewshot", "limit", "bs", "seed")},
+        **run_record(lm.device),
+        "processes": lm.world_size,
+        "requests_from_store": lm.kept,
+        "lm_eval": version("lm_eval"),
+        "peak_memory_bytes": peak_memory_bytes(lm.device),
+        "results": results["results"],
+    }
+    print(make_table(results))
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for task, of_task in samples.items():
+        tracker.save_results_samples(task_name=task, samples=of_task)
+    write_json(flags.out / "record.json", record)
+    print(f"results, samples and record in {flags.out}")
+
+
+def run(
+    flags: argparse.Namespace,
+    lm: KeyformerLM,
+    manager: TaskManager,
+    method: str,
+    settings: dict[str, Any],
+    tracker: EvaluationTracker,
+) -> dict[str, Any]:
+    """lm-eval's results; none in processes that are not the first."""
+    return evaluate(
         lm,
         flags.tasks,
         manager,
@@ -57,29 +103,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluation_tracker=tracker,
         fewshot_random_seed=flags.seed,
     )
-    if not results:
-        return
-    samples = results.pop("samples")
-    record = {
-        "model": flags.model_name,
-        "method": method,
-        "config": settings,
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "quantize": flags.quantize,
-        "weight_bytes": weight_bytes(lm.model),
-        **{name: getattr(flags, name) for name in ("tasks", "num_fewshot", "limit", "bs", "seed")},
-        **run_record(lm.device),
-        "processes": lm.world_size,
-        "lm_eval": version("lm_eval"),
-        "peak_memory_bytes": peak_memory_bytes(lm.device),
-        "results": results["results"],
-    }
-    print(make_table(results))
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for task, of_task in samples.items():
-        tracker.save_results_samples(task_name=task, samples=of_task)
-    write_json(flags.out / "record.json", record)
-    print(f"results, samples and record in {flags.out}")
 
 
 def load(flags: argparse.Namespace, method: str, settings: dict[str, Any]) -> KeyformerLM:
@@ -157,6 +180,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     group.add_argument("--seed", type=int, default=0, help="of examples and noise (default: 0)")
     group.add_argument("--out", type=Path, default=OUT, help="folder of what is written")
+    flag.store_flags(group, OUT / "finished.sqlite")
     flags = parser.parse_args(argv)
     flag.check_model_flags(flags)
     for name, least in (

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
                         },
                         KeyformerConfig.preset(method, kv_cache=50),
                     ),
-                    Accuracy(path, flags.dtype, task, shots, flags.n_obs, flags.bs),
+                    Accuracy(path, flags.dtype, task, shots, flags.n_obs, flags.bs, flags.store),
                 )
                 for shots in SHOTS
                 for method in METHODS

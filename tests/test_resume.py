@@ -251,8 +251,8 @@ def another(store: Store, owner: str) -> Store:
 def test_an_item_is_claimed_by_one(store) -> None:
     sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     other = another(store, _owner(psutil.Process(sleeper.pid)))
-    assert other.claim(["a", "b"]) == ["a", "b"]
-    assert store.claim(["a", "b", "c"]) == ["c"]
+    assert other.claim(["a", "b"]) == {"a", "b"}
+    assert store.claim(["a", "b", "c"]) == {"c"}
     other.add({"a": {"x": 1}}, {"device": "there"})
     store.add({"c": {"x": 3}, "a": {"x": 2}}, {"device": "here"})
     assert store.results("abc") == {"a": {"x": 1}, "c": {"x": 3}}
@@ -260,12 +260,12 @@ def test_an_item_is_claimed_by_one(store) -> None:
     sleeper.kill()  # and not waited for: a zombie still has its number
     while psutil.Process(sleeper.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
-    assert store.claim(["a", "b"]) == ["b"]
+    assert store.claim(["a", "b"]) == {"b"}
     sleeper.wait()
-    assert another(store, "elsewhere 1 0.00").claim(["b"]) == []
+    assert another(store, "elsewhere 1 0.00").claim(["b"]) == set()
     store.give_up()
-    assert another(store, "elsewhere 1 0.00").claim(["b"]) == ["b"]
-    assert store.claim(["b"]) == ["b"]  # of a host that is none
+    assert another(store, "elsewhere 1 0.00").claim(["b"]) == {"b"}
+    assert store.claim(["b"]) == {"b"}  # of a host that is none
 
 
 def take_all(path: Path, taken) -> None:

@@ -8,13 +8,14 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation.identity import Settings
-from keyformer.evaluation.store import Result
+from keyformer.evaluation.store import Result, Store
 from keyformer_lm_eval.harness import evaluate, find_tasks
 from keyformer_lm_eval.model import KeyformerLM
 
@@ -38,6 +39,8 @@ class Accuracy:
         Documents; None is all.
     bs
         Batch size.
+    store
+        Where finished requests are kept, beside whole tasks.
     """
 
     path: str
@@ -46,6 +49,7 @@ class Accuracy:
     shots: int
     limit: int | None
     bs: int
+    store: Path | None = None
 
     @property
     def setting(self) -> Settings:
@@ -68,6 +72,7 @@ class Accuracy:
         """Evaluate a configuration, which has a seed."""
         lm = _load(self.path, self.dtype, device, self.bs)
         lm.keyformer_config = config
+        lm.store = Store(self.store)
         with redirect_stderr(io.StringIO()):  # several bars a run; there is one over the runs
             results = evaluate(
                 lm,
@@ -87,4 +92,4 @@ class Accuracy:
 @lru_cache(maxsize=1)
 def _load(path: str, dtype: str, device: torch.device, bs: int) -> KeyformerLM:
     logging.disable_progress_bar()
-    return KeyformerLM(path, "full", dtype=dtype, device=str(device), batch_size=bs)
+    return KeyformerLM(path, "full", dtype=dtype, device=str(device), batch_size=bs, share=False)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +27,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import UNLIMITED, InputError, KeyformerConfig
+from keyformer.evaluation.identity import (
+    Settings,
+    environment,
+    item_key,
+    noise_id,
+    weights_hash,
+)
+from keyformer.evaluation.results import source
+from keyformer.evaluation.store import Store
+from keyformer.evaluation.work import LOOK
 from keyformer.integration import check_device, enable_keyformer, load_model
 from keyformer.modeling import position_inputs
 from keyformer.quantize import weight_bytes
@@ -51,8 +65,7 @@ class KeyformerLM(HFLM):
     - loglikelihood_rolling: the text flows through a cache of k slots, a percentage of all its
       tokens, ``prefill_chunk`` tokens at a time or one; what is beyond k is evicted as it flows.
 
-    Noise depends on a sequence's row, so that keyformer's numbers change with the batch size as
-    they do with the seed.
+    Noise goes by the tokens of a context, so that numbers do not depend on what is beside it.
 
     Parameters
     ----------
@@ -78,6 +91,15 @@ class KeyformerLM(HFLM):
         positions, which is then no limit of the model.
     settings
         Any other field of KeyformerConfig; the seed is 0 unless given.
+
+    Attributes
+    ----------
+    store
+        Where finished requests are kept and looked up; at first one in memory.
+    resume
+        Whether what the store has counts.
+    kept
+        How many of the requests so far were in the store.
 
     Raises
     ------
@@ -138,6 +160,8 @@ class KeyformerLM(HFLM):
                 prefix_token_id=prefix_token_id,
             )
         self.pretrained = pretrained
+        self.store, self.resume, self.kept = Store(None), True, 0
+        self._loaded = {"quantize": quantize, "fast tokenizer": use_fast_tokenizer}
         if shared:
             share_alike()
             self.accelerator = Accelerator()
@@ -177,33 +201,39 @@ class KeyformerLM(HFLM):
         cut = sum(len(context + end) > self.max_length + 1 for _, context, end in requests)
         if cut:
             LOGGER.warning("%d requests lose their beginning: max_length %d", cut, self.max_length)
-        results: list[Score] = [(0.0, False)] * len(requests)
+        # The continuations of a context are told its prompt once.
+        contexts = sorted(asked, key=len, reverse=True)
+        items = [(context, sorted(asked[context])) for context in contexts]
 
-        def run(contexts: Sequence[Tokens], rows: int) -> list[tuple[int, Score]]:
-            cache, predicted = self._prefill(contexts)
-            pairs = [(row, end) for row, one in enumerate(contexts) for end in asked[one]]
+        def run(batch: Sequence[Any], rows: int) -> list[list[Score]]:
+            cache, predicted = self._prefill([context for context, _ in batch])
+            pairs = [(row, end) for row, (_, ends) in enumerate(batch) for end in ends]
             pairs.sort(key=lambda pair: -len(pair[1]))
-            found = []
+            found: dict[tuple[int, Tokens], Score] = {}
             for part in batches(pairs, rows):
                 taken = torch.tensor([row for row, _ in part], device=self.device)
                 own = copy.deepcopy(cache)
                 own.batch_select_indices(taken)
                 scores = self._score(own, predicted[taken], [end for _, end in part])
-                for (row, end), score in zip(part, scores, strict=True):
-                    found += [(index, score) for index in asked[contexts[row]][end]]
-            return found
+                found |= zip(part, scores, strict=True)
+            return [[found[row, end] for end in ends] for row, (_, ends) in enumerate(batch)]
 
-        with self._bar(len(requests), disable_tqdm) as bar:
-            for index, score in self._in_batches(sorted(asked, key=len, reverse=True), run):
-                results[index] = score
-                if requests[index][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[index][0], score)
-                bar.update()
+        results: list[Score] = [(0.0, False)] * len(requests)
+        answers = self._each("loglikelihood", items, run, disable_tqdm)
+        for (context, ends), scores in zip(items, answers, strict=True):
+            for end, (total, greedy) in zip(ends, scores, strict=True):
+                for index in asked[context][end]:
+                    results[index] = total, greedy
+                    if requests[index][0] is not None:
+                        self.cache_hook.add_partial(
+                            "loglikelihood", requests[index][0], results[index]
+                        )
         return results
 
     def _cache(self, contexts: Sequence[Tokens]) -> KeyformerCache:
         """An empty cache for a batch of texts that begin with these tokens."""
-        return KeyformerCache(self.model.config, self.keyformer_config)
+        ids = [noise_id(list(context)) for context in contexts]
+        return KeyformerCache(self.model.config, self.keyformer_config, ids)
 
     def _prefill(self, contexts: Sequence[Tokens]) -> tuple[KeyformerCache, Tensor]:
         """A batch of prompts: their cache, and the logits (batch, vocabulary) after them."""
@@ -264,14 +294,13 @@ class KeyformerLM(HFLM):
         windows.sort(key=lambda window: -len(window[1]))
         totals = [0.0] * len(requests)
 
-        def run(batch: Sequence[tuple[int, Tokens, int]], _: int) -> list[float]:
-            return self._stream([text for _, text, _ in batch], [n for _, _, n in batch])
+        def run(batch: Sequence[tuple[Tokens, int]], _: int) -> list[float]:
+            return self._stream([text for text, _ in batch], [scored for _, scored in batch])
 
-        with self._bar(len(windows), disable_tqdm) as bar:
-            flowed = self._in_batches(windows, run)
-            for (index, _, _), total in zip(windows, flowed, strict=True):
-                totals[index] += total
-                bar.update()
+        items = [(text, scored) for _, text, scored in windows]
+        flowed = self._each("loglikelihood_rolling", items, run, disable_tqdm)
+        for (index, _, _), total in zip(windows, flowed, strict=True):
+            totals[index] += total
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -298,26 +327,25 @@ class KeyformerLM(HFLM):
         return total.tolist()
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """hf's texts; where batches are to be as large as fits, of the longest prompts first."""
-        generate = super().generate_until
-        auto = self.batch_size
-        if auto != "auto":
-            return generate(requests, disable_tqdm=disable_tqdm)
-        texts = [""] * len(requests)
-        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        """hf's texts, the longest prompts first."""
+        generate, size = super().generate_until, self.batch_size
+        order = sorted(
+            range(len(requests)), key=lambda index: -len(self.tok_encode(requests[index].args[0]))
+        )
+        of = {_plain(requests[index].args): requests[index] for index in order}
 
-        def run(indices: Sequence[int], rows: int) -> list[str]:
+        def run(batch: Sequence[str], rows: int) -> list[str]:
             self.batch_size_per_gpu = rows
             try:
-                return generate([requests[index] for index in indices], disable_tqdm=True)
+                return generate([of[one] for one in batch], disable_tqdm=True)
             finally:
-                self.batch_size_per_gpu = auto
+                self.batch_size_per_gpu = size
 
-        with self._bar(len(requests), disable_tqdm) as bar:
-            order = sorted(range(len(requests)), key=lambda index: -lengths[index])
-            for index, text in zip(order, self._in_batches(order, run), strict=True):
-                texts[index] = text
-                bar.update()
+        items = [_plain(requests[index].args) for index in order]
+        texts = [""] * len(requests)
+        answers = self._each("generate_until", items, run, disable_tqdm)
+        for index, text in zip(order, answers, strict=True):
+            texts[index] = text
         return texts
 
     def _model_generate(
@@ -338,44 +366,102 @@ class KeyformerLM(HFLM):
         pad = self.tokenizer.pad_token_id
         return pad_sequence(ids, padding_value=pad, **options), real.to(torch.bool)
 
-    def _in_batches(
-        self, items: Sequence[T], run: Callable[[Sequence[T], int], Sequence[R]]
-    ) -> Iterator[R]:
-        """What ``run`` gives for items that come longest first, a batch at a time.
+    def _each(
+        self,
+        kind: str,
+        items: Sequence[T],
+        run: Callable[[Sequence[T], int], Sequence[R]],
+        disable_tqdm: bool,
+    ) -> list[R]:
+        """What ``run`` gives for each item, from the store or a batch at a time.
 
-        Where the batch size is "auto", the longest tell how many fit: ``max_batch_size``, or half
-        as often as memory runs out. That is kept for later calls. "auto:N" starts from
-        ``max_batch_size`` N times on the way to the shortest.
+        Where the batch size is "auto", the first items tell how many fit: ``max_batch_size``, or
+        half as often as memory runs out. That is kept for later calls. "auto:N" starts from
+        ``max_batch_size`` N times on the way to the last.
 
         Parameters
         ----------
+        kind
+            Of request.
+        items
+            JSON-like, those that take long first.
         run
             Called with some of the items and how many sequences a forward call may have.
         """
-        start = 0
-        while start < len(items):
-            part = int(start * self.batch_schedule / len(items))
-            auto = self.batch_size == "auto"
-            rows = self.batch_sizes.get(part, self.max_batch_size) if auto else self.batch_size
-            try:
-                results = run(items[start : start + rows], rows)
-            except RuntimeError as error:
-                if not auto or not should_reduce_batch_size(error):
-                    raise
-                if rows == 1:
-                    raise InputError(f"one sequence is too much for the memory: {error}") from error
-                results = None
-            if auto:
-                self.batch_sizes[part] = rows if results is not None else rows // 2
-            if results is None:
-                release_memory()  # after the error is gone, which holds on to tensors
-                continue
-            yield from results
-            start += rows
+        settings = self._setting(kind)
+        keys = [item_key(settings, item) for item in items]
+        if not self.resume:
+            self.store.forget(keys)
+        done = self.store.done(keys)
+        self.kept += sum(key in done for key in keys)
+        with tqdm(
+            total=len(items), desc="Keyformer", disable=disable_tqdm or self.rank != 0
+        ) as bar:
+            while left := [at for at, key in _first(keys).items() if key not in done]:
+                bar.update(sum(key in done for key in keys) - bar.n)
+                part = int((len(items) - len(left)) * self.batch_schedule / len(items))
+                auto = self.batch_size == "auto"
+                rows = self.batch_sizes.get(part, self.max_batch_size) if auto else self.batch_size
+                claimed = self.store.claim([keys[at] for at in left], rows)
+                if not claimed:  # another process has the rest
+                    time.sleep(LOOK)
+                    done = self.store.done(keys)
+                    continue
+                taken = [at for at in left if keys[at] in claimed]
+                results = self._attempt(run, [items[at] for at in taken], rows)
+                if auto:
+                    self.batch_sizes[part] = rows if results is not None else rows // 2
+                if results is None:
+                    release_memory()  # after the error is gone, which holds on to tensors
+                    continue
+                found = zip(taken, results, strict=True)
+                self.store.add(
+                    {keys[at]: {"answer": answer} for at, answer in found}, source(self.device)
+                )
+                done |= claimed
+            bar.update(len(items) - bar.n)
+        answers = self.store.results(keys)
+        return [answers[key]["answer"] for key in keys]
 
-    def _bar(self, total: int, disable: bool) -> tqdm:
-        """The progress of one kind of requests."""
-        return tqdm(total=total, desc="Keyformer", disable=disable or self.rank != 0)
+    def _attempt(
+        self, run: Callable[[Sequence[T], int], Sequence[R]], batch: Sequence[T], rows: int
+    ) -> Sequence[R] | None:
+        """What ``run`` gives; None if the memory is too small and fewer rows can be tried."""
+        try:
+            return run(batch, rows)
+        except RuntimeError as error:
+            if self.batch_size != "auto" or not should_reduce_batch_size(error):
+                raise
+            if rows == 1:
+                raise InputError(f"one sequence is too much for the memory: {error}") from error
+            return None
+
+    def _setting(self, kind: str) -> Settings:
+        """All that the answer to a request depends on beside it."""
+        if self.store.path is None:
+            return {}
+        config = self.keyformer_config
+        return {
+            "request": kind,
+            "weights": weights_hash(self.pretrained),
+            "dtype": str(self.model.dtype),
+            **self._loaded,
+            "max_length": self.max_length,
+            "config": {**asdict(config), "seed": config.seed if config.draws_noise else None},
+            "lm_eval": version("lm_eval"),
+            **environment(self.device, __name__),
+        }
+
+
+def _first(keys: Sequence[str]) -> dict[int, str]:
+    """The keys by where each stands first."""
+    where = {key: at for at, key in reversed(list(enumerate(keys)))}
+    return {at: key for key, at in sorted(where.items(), key=lambda entry: entry[1])}
+
+
+def _plain(arguments: tuple[Any, ...]) -> str:
+    """A request's arguments as JSON."""
+    return json.dumps(arguments, sort_keys=True, default=str)
 
 
 def _device(device: str | None) -> torch.device:

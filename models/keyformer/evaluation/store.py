@@ -43,7 +43,7 @@ class Store:
     Parameters
     ----------
     path
-        The file; made, its folders too, if there is none.
+        The file; made, its folders too, if there is none. None keeps results in memory.
 
     Raises
     ------
@@ -51,15 +51,17 @@ class Store:
         Here and in every method, if the file is not a store or the disk refuses.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self.owner = _owner(psutil.Process())
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"cannot write to {path.parent}: {error.strerror}") from error
         with self._errors():
-            self.connection = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
+            file = ":memory:" if path is None else path
+            self.connection = sqlite3.connect(file, timeout=PATIENCE, isolation_level=None)
             tables = {name for (name,) in self.connection.execute("SELECT name FROM sqlite_master")}
             if tables and "items" not in tables:
                 raise sqlite3.DatabaseError("another program's database")
@@ -97,8 +99,14 @@ class Store:
             )
         return [(json.loads(source), count) for source, count in rows]
 
-    def claim(self, keys: Sequence[str]) -> list[str]:
-        """Take on those of the keys that have no result and that nobody else works on."""
+    def claim(self, keys: Sequence[str], most: int | None = None) -> set[str]:
+        """Take on the first of the keys that have no result and that nobody else works on.
+
+        Parameters
+        ----------
+        most
+            How many at most; None takes all.
+        """
         with self._asking(keys, writes=True) as asked:
             done = {key for (key,) in asked("SELECT key FROM asked JOIN items USING (key)")}
             owners = dict(asked("SELECT key, owner FROM asked JOIN claims USING (key)"))

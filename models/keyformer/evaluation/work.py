@@ -112,7 +112,7 @@ def finish(
                 left = len(mine) - len(done.intersection(mine))
                 for job, batch in plan:
                     wanted = [item for item in batch if job.keys[item] not in done]
-                    claimed = set(store.claim([job.keys[item] for item in wanted]))
+                    claimed = store.claim([job.keys[item] for item in wanted])
                     taken = [item for item in wanted if job.keys[item] in claimed]
                     if taken:
                         results = job.compute(taken)
