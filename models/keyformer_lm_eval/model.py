@@ -220,9 +220,9 @@ class KeyformerLM(HFLM):
 
         results: list[Score] = [(0.0, False)] * len(requests)
         answers = self._each("loglikelihood", items, run, disable_tqdm)
-        for (context, ends), scores in zip(items, answers, strict=True):
+        for (text, ends), scores in zip(items, answers, strict=True):
             for end, (total, greedy) in zip(ends, scores, strict=True):
-                for index in asked[context][end]:
+                for index in asked[text][end]:
                     results[index] = total, greedy
                     if requests[index][0] is not None:
                         self.cache_hook.add_partial(

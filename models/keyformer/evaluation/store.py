@@ -12,6 +12,7 @@ import platform
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,9 @@ class Store:
         with self._asking(keys, writes=True) as asked:
             done = {key for (key,) in asked("SELECT key FROM asked JOIN items USING (key)")}
             owners = dict(asked("SELECT key, owner FROM asked JOIN claims USING (key)"))
-            alive = {owner: owner == self.owner or _lives(owner) for owner in set(owners.values())}
-            taken = [
-                key
-                for key in dict.fromkeys(keys)
-                if key not in done and not alive.get(owners.get(key))
-            ]
+            others = {owner for owner in set(owners.values()) - {self.owner} if _lives(owner)}
+            free = (k for k in dict.fromkeys(keys) if k not in done and owners.get(k) not in others)
+            taken = set(islice(free, most))
             self.connection.executemany(
                 "INSERT OR REPLACE INTO claims VALUES (?, ?)", [(key, self.owner) for key in taken]
             )
