@@ -26,6 +26,9 @@ from keyformer.evaluation.results import check_writable, write_text
 from keyformer.evaluation.run import load, prompt_room
 from keyformer.evaluation.study import BUNDLED, ROOT
 
+MOST_STEPS = 2**16 - 1
+"""The page counts steps in 16 bits."""
+
 MOST_SCORES = 2_000_000
 """Scores on a page: beyond that, only every so many steps' are on it."""
 
@@ -38,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = TASKS[flags.task]
     path = flags.dataset_path or BUNDLED[flags.task]
     items = load_items(path, task)
-    if not 0 <= flags.item < len(items):
+    if flags.item >= len(items):
         raise InputError(f"--item must be from 0 to {len(items) - 1}, got {flags.item}")
     check_writable(flags.out)
     model, tokenizer = load(flags)
@@ -62,13 +65,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag.method_flags(parser, default="keyformer")
     parser.add_argument("--task", choices=TASKS, default="summarization")
     parser.add_argument("--dataset_path", type=Path, help="default: the bundled one")
-    parser.add_argument("--item", type=int, default=0, help="which document, counted from 0")
-    parser.add_argument("--max_new_tokens", type=int, help="default: the task's")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--item", type=flag.whole(0), default=0, help="counted from 0")
+    parser.add_argument(
+        "--max_new_tokens", type=flag.whole(1, MOST_STEPS), help="default: the task's"
+    )
+    parser.add_argument("--seed", type=flag.SEED, default=0, help="of the noise")
     parser.add_argument("--out", type=Path, default=ROOT / "paper" / "results" / "kept_tokens.html")
     flags = parser.parse_args(argv)
-    if flags.max_new_tokens is not None and flags.max_new_tokens < 1:
-        raise InputError(f"--max_new_tokens must be at least 1, got {flags.max_new_tokens}")
     if flags.attention is None:
         flags.attention = "keyformer"
     return flags

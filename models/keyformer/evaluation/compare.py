@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from keyformer.config import CACHE_DTYPES, METHODS, InputError, KeyformerConfig
+from keyformer.config import CACHE_DTYPES, METHODS, KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import TASKS, Task, load_items, make_prompt, sample
 from keyformer.evaluation.generation import generate
@@ -93,26 +93,28 @@ def parse(
     default = KeyformerConfig()
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument(
-        "--kv_cache", nargs="+", type=float, default=[50.0], help="cache sizes in %% of the prompt"
+        "--kv_cache",
+        nargs="+",
+        type=flag.PERCENT_ABOVE_0,
+        default=[50.0],
+        help="cache sizes in %% of the prompt",
     )
-    parser.add_argument("--recent", type=float, default=default.recent)
+    parser.add_argument("--recent", type=flag.PERCENT, default=default.recent)
     parser.add_argument("--cache_dtype", choices=CACHE_DTYPES, default=default.cache_dtype)
     flag.chunk_flag(parser)
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0], help="for methods that draw noise"
+        "--seeds", nargs="+", type=flag.SEED, default=[0], help="for methods that draw noise"
     )
     parser.add_argument("--dataset_path", default=dataset_path)
-    parser.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
-    parser.add_argument("--bs", type=int, default=8)
-    parser.add_argument("--beam", type=int, default=1)
-    parser.add_argument("--max_new_tokens", type=int, default=task.max_new_tokens)
-    parser.add_argument("--show", type=int, default=0, help="print the texts of this many items")
+    parser.add_argument("--n_obs", type=flag.whole(1), help="items, drawn at random (default: all)")
+    parser.add_argument("--bs", type=flag.whole(1), default=8)
+    parser.add_argument("--beam", type=flag.WIDTH, default=1)
+    parser.add_argument("--max_new_tokens", type=flag.whole(1), default=task.max_new_tokens)
+    parser.add_argument(
+        "--show", type=flag.whole(0), default=0, help="print the texts of this many items"
+    )
     parser.add_argument("--record", type=Path, help="write the rows and their record as JSON")
-    flags = parser.parse_args(argv)
-    for name in ("bs", "beam", "max_new_tokens"):
-        if getattr(flags, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(flags, name)}")
-    return flags
+    return parser.parse_args(argv)
 
 
 def rows(flags: argparse.Namespace) -> Iterator[tuple[str, int, KeyformerConfig]]:

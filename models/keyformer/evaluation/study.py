@@ -91,13 +91,20 @@ class Study:
         self.argv = sys.argv[1:] if argv is None else argv
         parser = flag.Parser(prog=f"{name}.py", description=description)
         parser.add_argument("--model_path", nargs="+", help="default: the bundled models")
-        parser.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
-        parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the noise")
+        parser.add_argument(
+            "--n_obs", type=flag.whole(1), help="items, drawn at random (default: all)"
+        )
+        parser.add_argument(
+            "--seeds", nargs="+", type=flag.SEED, default=[0, 1, 2], help="of the noise"
+        )
         parser.add_argument("--device", help="default: every GPU, or the CPU if there is none")
         parser.add_argument("--dtype", default="float32")
-        parser.add_argument("--bs", type=int, default=8, help="batch size")
+        parser.add_argument("--bs", type=flag.whole(1), default=8, help="batch size")
         parser.add_argument(
-            "--jobs", type=int, default=1, help="processes, in turn on each GPU (default: 1)"
+            "--jobs",
+            type=flag.WIDTH,
+            default=1,
+            help="processes, in turn on each GPU (default: 1)",
         )
         parser.add_argument("--out", type=Path, help="default: paper/results")
         parser.add_argument(
@@ -109,10 +116,6 @@ class Study:
             _generation_flags(parser)
         more_flags(parser)
         flags = parser.parse_args(self.argv)
-        for option in ("bs", "beam", "max_new_tokens", "jobs"):
-            value = getattr(flags, option, None)
-            if value is not None and value < 1:
-                raise InputError(f"--{option} must be at least 1, got {value}")
         bundled = [str(ROOT / "models" / model) for model in MODELS]
         if flags.quick:
             bundled, flags.seeds = bundled[:1], flags.seeds[:1]
@@ -285,8 +288,8 @@ def _generation_flags(parser: flag.Parser) -> None:
     parser.add_argument(
         "--dataset_path", nargs="+", type=Path, help="one a task (default: the bundled ones)"
     )
-    parser.add_argument("--beam", type=int, default=1, help="beams; the paper's runs use 4")
-    parser.add_argument("--max_new_tokens", type=int, help="default: the task's")
+    parser.add_argument("--beam", type=flag.WIDTH, default=1, help="beams; the paper's runs use 4")
+    parser.add_argument("--max_new_tokens", type=flag.whole(1), help="default: the task's")
 
 
 def run_study(main: Callable[[Sequence[str] | None], Steps]) -> None:
