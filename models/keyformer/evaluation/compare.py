@@ -63,7 +63,8 @@ def compare(
             max_new_tokens=flags.max_new_tokens,
         )
         row = {"method": method, "kv_cache": config.kv_cache, "seed": seed}
-        results.append({**row, "config": asdict(config), **summary(generated, items, task)})
+        figures = summary(generated, items, task, flags.rouge_tokenizer)
+        results.append({**row, "config": asdict(config), **figures})
         texts[f"{method} {config.kv_cache:g} %" if method != "full" else method] = generated.texts
     for index in range(min(flags.show, len(items))):
         print(f"\nitem {index}\n  reference: {' '.join(task.reference(items[index]).split())}")
@@ -73,6 +74,7 @@ def compare(
     if flags.record:
         described = {"model": flags.model_name, "task": task_name, "items": len(items)}
         described |= {"beam": flags.beam, "quantize": flags.quantize}
+        described["rouge_tokenizer"] = flags.rouge_tokenizer
         described["weight_bytes"] = weight_bytes(model)
         record = {**described, **run_record(model.device), "rows": results}
         write_json(flags.record, record)
@@ -113,6 +115,7 @@ def parse(
     parser.add_argument(
         "--show", type=flag.whole(0), default=0, help="print the texts of this many items"
     )
+    flag.rouge_flag(parser)
     parser.add_argument("--record", type=Path, help="write the rows and their record as JSON")
     return parser.parse_args(argv)
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from keyformer.config import CACHE_DTYPES, METHODS, POSITIONS, InputError, KeyformerConfig
 from keyformer.evaluation.data import TASKS
+from keyformer.evaluation.rouge import TOKENIZERS
 from keyformer.integration import check_device
 from keyformer.quantize import QUANTIZATIONS
 
@@ -77,7 +78,7 @@ PERCENT = real(0, 100)
 PERCENT_ABOVE_0 = real(0, 100, above=True)
 FACTOR = real(1e-4, 1e4)
 """Of logits: they stay finite, and of any use, within."""
-WIDTH = whole(1, 1024)
+WIDTH = whole(1, 256)
 """Sequences that a prompt is multiplied by."""
 
 
@@ -308,6 +309,7 @@ def task_flags(
         help="add each sequence's log-probability per token to --score_path",
     )
     group.add_argument("--include_special_tokens", action="store_true")
+    rouge_flag(group)
 
     group = parser.add_argument_group("generation")
     group.add_argument("--bs", type=whole(1), default=1, help="batch size")
@@ -331,6 +333,17 @@ def task_flags(
     )
     group.add_argument("--min_gen_length", type=whole(0), default=0, help="generated at least")
     group.add_argument("--eos_token_id", type=whole(0), help="ends a text (default: the model's)")
+
+
+def rouge_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag for what ROUGE takes for words."""
+    parser.add_argument(
+        "--rouge_tokenizer",
+        choices=TOKENIZERS,
+        default="default",
+        help="default: rouge-score's, as in the paper, reads a to z and digits only; unicode: all"
+        " scripts, the same on English (default: %(default)s)",
+    )
 
 
 def check_task_flags(flags: argparse.Namespace) -> None:

@@ -135,7 +135,8 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
         **flag.generate_options(flags),
     )
     result = {
-        **summary(generated, items, task),
+        **summary(generated, items, task, flags.rouge_tokenizer),
+        "rouge_tokenizer": flags.rouge_tokenizer,
         "model": flags.model_name if not flags.model_path else Path(flags.model_path).name,
         "task": flags.task,
         "method": method,
@@ -202,8 +203,15 @@ def check_lengths(
             )
 
 
-def summary(generated: Generated, items: Sequence[Item], task: Task) -> dict[str, Any]:
+def summary(
+    generated: Generated, items: Sequence[Item], task: Task, rouge_tokenizer: str = "default"
+) -> dict[str, Any]:
     """The figures of a run.
+
+    Parameters
+    ----------
+    rouge_tokenizer
+        See :func:`keyformer.evaluation.rouge.rouge`.
 
     Returns
     -------
@@ -217,7 +225,7 @@ def summary(generated: Generated, items: Sequence[Item], task: Task) -> dict[str
     references = [task.scored(item, task.reference(item)) for item in items]
     texts = [text for several in generated.texts for text in several]
     return {
-        **mean(rouge(best, references)),
+        **mean(rouge(best, references, rouge_tokenizer)),
         "gen_len": sum(len(text) for text in texts),
         "gen_num": len(texts),
         "gen_tokens": generated.tokens,
