@@ -16,7 +16,7 @@ from keyformer.cache import KeyformerCache
 from keyformer.config import KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.results import (
-    check_writable,
+    check_record,
     peak_memory_bytes,
     run_record,
     write_json,
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run each length, print a line for it, write the record."""
     flags = parse(argv)
     if flags.record:
-        check_writable(flags.record)
+        check_record(flags.record)
     method, config = flag.method_config(flags)
     model, _ = load(flags)
     print(f"{'tokens':>9}{'seconds':>10}{'KV KiB':>9}{'peak MiB':>10}")

@@ -15,7 +15,7 @@ from keyformer.config import KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import TASKS, Item, load_items, make_prompt, sample
 from keyformer.evaluation.generation import generate
-from keyformer.evaluation.results import check_writable, run_record, write_json
+from keyformer.evaluation.results import check_record, run_record, write_json
 from keyformer.evaluation.run import prompt_room, summary
 from keyformer.integration import check_device, load_model
 from keyformer.quantize import QUANTIZATIONS, weight_bytes
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run every model under every kind of weights, print the table, write the record."""
     flags = parse(argv)
     if flags.record:
-        check_writable(flags.record)
+        check_record(flags.record)
     items = sample(load_items(flags.dataset_path, TASK), flags.n_obs, seed=0)
     device = check_device(flags.device)
     print(f"{'model':26}{'weights':10}{'method':11}{'ROUGE-2':>9}{'ROUGE-L':>9}{'MB':>8}")
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.record:
         settings = {"dtype": flags.dtype, "bs": flags.bs, "beam": flags.beam, "items": len(items)}
         record = {**run_record(device), **settings, "rows": rows}
-        record["versions"] |= {name: version(name) for name in set(QUANTIZATIONS.values())}
+        used = {QUANTIZATIONS[kind] for kind in flags.quantize}
+        record["versions"] |= {name: version(name) for name in used}
         write_json(flags.record, record)
 
 

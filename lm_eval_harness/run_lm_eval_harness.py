@@ -15,7 +15,7 @@ from lm_eval.utils import make_table
 from keyformer.config import InputError
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.results import (
-    check_writable,
+    check_record,
     peak_memory_bytes,
     run_record,
     write_json,
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(argv)
     method, config = flag.method_config(flags)
     settings = {**asdict(config), "seed": flags.seed}
-    check_writable(flags.out, folder=True)
+    check_record(flags.out / "record.json")
     manager = find_tasks(flags.tasks)
     lm = load(flags, method, settings)
     tracker = EvaluationTracker(output_path=str(flags.out))

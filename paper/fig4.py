@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from keyformer.config import KeyformerConfig
 from keyformer.evaluation.flags import Parser, whole
 from keyformer.evaluation.measures import Softmax
-from keyformer.evaluation.pictures import COLORS
+from keyformer.evaluation.pictures import COLORS, Figure
 from keyformer.evaluation.study import Study, run_study
 from keyformer.evaluation.sweep import PerItem, Steps
 from keyformer.evaluation.tables import print_columns

@@ -22,9 +22,11 @@ from keyformer.cache import KeyformerCache
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import TASKS, load_items, make_prompt
-from keyformer.evaluation.results import check_writable, write_text
+from keyformer.evaluation.results import check_replaceable, check_writable, write_text
 from keyformer.evaluation.run import load, prompt_room
 from keyformer.evaluation.study import BUNDLED, ROOT
+
+TEMPLATE = Path(__file__).with_suffix(".html")
 
 MOST_STEPS = 2**16 - 1
 """The page counts steps in 16 bits."""
@@ -44,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.item >= len(items):
         raise InputError(f"--item must be from 0 to {len(items) - 1}, got {flags.item}")
     check_writable(flags.out)
+    check_replaceable(flags.out, is_page(flags.out))
     model, tokenizer = load(flags)
     new_tokens = flags.max_new_tokens or task.max_new_tokens
     prompt = make_prompt(items[flags.item], task, tokenizer, prompt_room(model, new_tokens))
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = "everything kept" if method == "full" else f"{config.kv_cache:g} % of the prompt"
     model_name = Path(flag.model_path(flags)).name
     data["about"] = f"{model_name}, {flags.task}, item {flags.item}; method {method}, {size}."
-    template = Path(__file__).with_suffix(".html").read_text()
+    template = TEMPLATE.read_text()
     # "</script>" in a text would end the page's data.
     page = template.replace("DATA", json.dumps(data).replace("</", "<\\/"), 1)
     write_text(flags.out, page)
@@ -75,6 +78,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if flags.attention is None:
         flags.attention = "keyformer"
     return flags
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that this script wrote, but not the template of all."""
+    mark = b'<meta name="generator" content="paper/kept_tokens.py">'
+    is_file = path.is_file() and not path.samefile(TEMPLATE)
+    return is_file and mark in path.read_bytes()[:1000]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from keyformer.config import CACHE_DTYPES, METHODS, KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import TASKS, Task, load_items, make_prompt, sample
 from keyformer.evaluation.generation import generate
-from keyformer.evaluation.results import check_writable, run_record, write_json
+from keyformer.evaluation.results import check_record, run_record, write_json
 from keyformer.evaluation.run import load, prompt_room, summary
 from keyformer.quantize import weight_bytes
 
@@ -43,7 +43,7 @@ def compare(
     task = TASKS[task_name]
     flags = parse(argv, description, task, here / "data" / "sample_eval.json")
     if flags.record:
-        check_writable(flags.record)
+        check_record(flags.record)
     settings = list(rows(flags))
     items = sample(load_items(flags.dataset_path, task), flags.n_obs, seed=0)
     model, tokenizer = load(flags)

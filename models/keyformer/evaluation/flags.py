@@ -92,6 +92,16 @@ def run_main(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     sys.exit(0)
 
 
+def stop_without(error: ModuleNotFoundError, extra: str) -> NoReturn:
+    """End a script that imports a package of one of this repository's extras, with exit code 2."""
+    print(
+        f"{Path(sys.argv[0]).name}: error: {error.name} is not installed:"
+        f' pip install -c constraints.txt -e ".[{extra}]"',
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+
 def method_flags(parser: argparse.ArgumentParser, default: str = "full") -> None:
     """Flags that choose the attention method and its settings.
 

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
+from keyformer.evaluation.attentions import check_attentions
 from keyformer.evaluation.data import TASKS, Item, Task, load_items, make_prompt, sample
 from keyformer.evaluation.generation import Generated, generate
 from keyformer.evaluation.results import (
-    check_writable,
+    check_record,
     peak_memory_bytes,
     run_record,
-    write_json,
-    write_text,
+    write_record,
 )
 from keyformer.evaluation.rouge import mean, rouge
 from keyformer.integration import load_model
@@ -101,10 +101,9 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     flag.check_task_flags(flags)
     task = TASKS[flags.task]
     saves_attentions = flags.save_attentions or flags.save_prompt_attentions
-    check_writable(flags.save_path)
-    check_writable(flags.score_path)
+    check_record(flags.score_path, flags.save_path)
     if saves_attentions:
-        check_writable(flags.attentions_path, folder=True)
+        check_attentions(flags.attentions_path)
     items = sample(load_items(flags.dataset_path, task), flags.n_obs, flags.seed)
     model, tokenizer = load(flags)
     tokenizer.padding_side = flags.padding_side
@@ -150,8 +149,8 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     if generated.sequence_scores is not None:
         result["sequence_scores"] = generated.sequence_scores
     lines = [" ".join(text.split()) for texts in generated.texts for text in texts]
-    write_text(flags.save_path, "".join(line + "\n" for line in lines))
-    write_json(flags.score_path, result)
+    texts = "".join(line + "\n" for line in lines)
+    write_record(flags.score_path, result, {flags.save_path: texts})
     return result
 
 

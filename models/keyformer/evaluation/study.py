@@ -9,15 +9,14 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import TASKS, Item, load_items, sample
 from keyformer.evaluation.measures import OnItems, Rouge
 from keyformer.evaluation.results import (
+    check_record,
     check_writable,
     run_record,
     write_json,
@@ -37,6 +36,9 @@ from keyformer.evaluation.sweep import (
     summarize,
 )
 from keyformer.integration import check_device
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[3]
 BUNDLED = {
@@ -106,7 +108,7 @@ class Study:
             default=1,
             help="processes, in turn on each GPU (default: 1)",
         )
-        parser.add_argument("--out", type=Path, help="default: paper/results")
+        parser.add_argument("--out", type=Path, help="default: paper/results/local, or quick")
         parser.add_argument(
             "--quick",
             action="store_true",
@@ -123,9 +125,14 @@ class Study:
             if generates:
                 flags.max_new_tokens = flags.max_new_tokens or QUICK["max_new_tokens"]
         flags.model_path = flags.model_path or bundled
-        flags.out = flags.out or ROOT / "paper" / "results" / ("quick" if flags.quick else "")
+        flags.out = flags.out or ROOT / "paper" / "results" / ("quick" if flags.quick else "local")
         self.flags = flags
-        check_writable(self._file("json"))
+        check_writable(flags.out, folder=True)
+        # A study may have parts, each with files of its own.
+        parts = {path.stem.removeprefix(name) for path in flags.out.glob(f"{name}[a-z].*")}
+        for part in ("", *sorted(parts)):
+            record, *files = (self._file(kind, part) for kind in ("json", "csv", "png", "svg"))
+            check_record(record, *files, script=f"{name}.py")
         self.items = self._load(items) if generates else {}
 
     def _load(self, items: Callable[[str], list[Item]] | None) -> dict[str, list[Item]]:
