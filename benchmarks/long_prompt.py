@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import keyformer  # noqa: F401 - before transformers, to keep it quiet
+
+# isort: split
 from transformers import PreTrainedModel
 
 from keyformer.cache import KeyformerCache

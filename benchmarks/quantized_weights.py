@@ -9,6 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import keyformer  # noqa: F401 - before transformers, to keep it quiet
+
+# isort: split
 from transformers import set_seed
 
 from keyformer.config import KeyformerConfig

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import keyformer  # noqa: F401 - before transformers, to keep it quiet
+
+# isort: split
 from transformers import TextStreamer, set_seed
 
 from keyformer.config import InputError

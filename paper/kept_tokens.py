@@ -16,6 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+
+import keyformer  # noqa: F401 - before transformers, to keep it quiet
+
+# isort: split
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keyformer.cache import KeyformerCache

@@ -91,6 +91,7 @@ STEPS = 4
 TINY = ("tiny", "tiny-llama")
 MOST_OF_TINY = 64
 """The largest default size where all models are tiny ones, which only show that a script works."""
+REPEATS_OF_TINY = 3
 
 FIRST = 2 * LEAST_STEPS
 """New tokens before a stretch: among them is the capture of a step."""
@@ -158,7 +159,7 @@ class Speed:
         self.flags = parser.parse_args(argv)
         if set(self.flags.model) <= set(TINY):
             small = {flag: _at_most(MOST_OF_TINY, default) for flag, default in defaults.items()}
-            parser.set_defaults(**small)
+            parser.set_defaults(**small, repeats=REPEATS_OF_TINY)
             self.flags = parser.parse_args(argv)
         self.configs = {name: self.config(name, self.flags.kv_cache) for name in ENGINES}
         self.device = check_device(self.flags.device)
