@@ -45,10 +45,15 @@ def check_writable(path: str | Path, *, folder: bool = False) -> None:
     home = path if folder else path.parent
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=home), contextlib.suppress(FileNotFoundError):
-            path.lstat()  # which refuses names that are too long
+        with tempfile.TemporaryFile(dir=home):
+            pass
     except OSError as error:
         raise InputError(f"cannot write to {home}: {error.strerror}") from error
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.stat()
+    except OSError as error:  # its name is too long, or a link to itself
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def check_record(path: str | Path, *files: str | Path, script: str | None = None) -> None:
