@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,12 @@ from keyformer.config import KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import TASKS, Item, load_items, make_prompt, sample
 from keyformer.evaluation.generation import generate
-from keyformer.evaluation.results import check_record, run_record, write_json
+from keyformer.evaluation.results import (
+    check_record,
+    installed_version,
+    run_record,
+    write_json,
+)
 from keyformer.evaluation.run import prompt_room, summary
 from keyformer.integration import check_device, load_model
 from keyformer.quantize import QUANTIZATIONS, weight_bytes
@@ -50,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.record:
         settings = {"dtype": flags.dtype, "bs": flags.bs, "beam": flags.beam, "items": len(items)}
         record = {**run_record(device), **settings, "rows": rows}
-        used = {QUANTIZATIONS[kind] for kind in flags.quantize}
-        record["versions"] |= {name: version(name) for name in used}
+        packages = set(QUANTIZATIONS.values())
+        record["versions"] |= {name: installed_version(name) for name in packages}
         write_json(flags.record, record)
 
 

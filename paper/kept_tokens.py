@@ -72,7 +72,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag.method_flags(parser, default="keyformer")
     parser.add_argument("--task", choices=TASKS, default="summarization")
     parser.add_argument("--dataset_path", type=Path, help="default: the bundled one")
-    parser.add_argument("--item", type=flag.whole(0), default=0, help="counted from 0")
+    parser.add_argument(
+        "--item", type=flag.whole(0), default=0, help="of the dataset, counted from 0"
+    )
     parser.add_argument(
         "--max_new_tokens", type=flag.whole(1, MOST_STEPS), help="default: the task's"
     )

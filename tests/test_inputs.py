@@ -391,6 +391,8 @@ def test_b2_attentions_replace_attentions_only(summarize, tmp_path, monkeypatch)
     flags = ["--save_attentions", "--attentions_path", str(folder)]
     for _ in range(2):
         summarize(*flags)
+    with pytest.raises(InputError, match="it is a folder"):
+        summarize(*flags, "--save_path", str(folder))
     (folder / "000000.npz").write_bytes(b"mine")
     with pytest.raises(InputError, match=r"000000\.npz was not written by summarize\.py"):
         summarize(*flags)
@@ -575,9 +577,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     ("path", "without", "says"),
     [
         ("benchmarks/decode.py", ["matplotlib"], None),
-        ("benchmarks/prefill.py", ["matplotlib"], None),
-        ("benchmarks/quantized_weights.py", ["matplotlib"], None),
-        ("benchmarks/long_prompt.py", ["matplotlib"], None),
         ("paper/kept_tokens.py", ["matplotlib"], None),
         ("paper/fig1.py", ["matplotlib"], 'pip install -c constraints.txt -e ".[paper]"'),
         ("paper/fig4.py", ["matplotlib"], 'pip install -c constraints.txt -e ".[paper]"'),

@@ -226,7 +226,7 @@ def run_record(device: torch.device | str) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {name: installed_version(name) for name in LIBRARIES},
         "device": device_name(device),
     }
 
@@ -246,7 +246,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     """The installed version; None where a library is used from its folder."""
     try:
         return version(name)

@@ -101,9 +101,9 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     flag.check_task_flags(flags)
     task = TASKS[flags.task]
     saves_attentions = flags.save_attentions or flags.save_prompt_attentions
-    check_record(flags.score_path, flags.save_path)
     if saves_attentions:
         check_attentions(flags.attentions_path)
+    check_record(flags.score_path, flags.save_path)
     items = sample(load_items(flags.dataset_path, task), flags.n_obs, flags.seed)
     model, tokenizer = load(flags)
     tokenizer.padding_side = flags.padding_side
