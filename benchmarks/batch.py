@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     speed = Speed("batch", __doc__, argv, folder, prompt=4096, new=4096)
     if speed.device.type != "cuda":
         raise InputError("the largest batch is that of a GPU's memory, and there is none")
+    speed.check_positions(speed.flags.prompt + speed.flags.new)
     with torch.no_grad():
         speed.write(rows(speed))
 

@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 
 from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.speed import Record, Speed
+from keyformer.evaluation.speed import STEPS, Record, Speed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     folder = Path(__file__).parent
     speed = Speed("decode", __doc__, argv, folder, batch=(1, 4, 16), prompt=(4096,))
+    timed = STEPS * (speed.flags.repeats + 2) + 2
+    speed.check_positions(max(speed.flags.prompt) + timed)
     with torch.no_grad():
         speed.write(rows(speed))
 

@@ -13,14 +13,25 @@ from pathlib import Path
 import torch
 
 from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.speed import Record, Speed
+from keyformer.evaluation.speed import Record, Speed, longest_text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     folder = Path(__file__).parent
-    lengths = {"prompt": (4096,), "new": (1024,), "batch": (1, 16), "beams": (1,)}
-    speed = Speed("generate", __doc__, argv, folder, stretch=2**30, **lengths)
+    speed = Speed(
+        "generate",
+        __doc__,
+        argv,
+        folder,
+        prompt=(4096,),
+        new=(1024,),
+        batch=(1, 16),
+        beams=(1,),
+        stretch=2**30,
+    )
+    sizes = list(zip(speed.flags.prompt, speed.flags.new, strict=False))
+    speed.check_positions(max(longest_text(*size, speed.flags.stretch) for size in sizes))
     with torch.no_grad():
         speed.write(rows(speed))
 

@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(__file__).parent
     lengths = (1024, 2048, 4096, 8192, 32768)
     speed = Speed("prefill", __doc__, argv, folder, batch=(1,), prompt=lengths)
+    speed.check_positions(max(speed.flags.prompt))
     with torch.no_grad():
         speed.write(rows(speed))
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from keyformer.config import InputError, KeyformerConfig
+import keyformer  # noqa: F401 - before transformers, to keep it quiet
+
+# isort: split
+from keyformer.config import KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import TASKS, Item, load_items, make_prompt, prompt_room, sample
 from keyformer.evaluation.generation import generate
-from keyformer.evaluation.results import check_writable, run_record, write_json
+from keyformer.evaluation.results import (
+    check_record,
+    installed_version,
+    run_record,
+    write_json,
+)
 from keyformer.evaluation.run import summary
 from keyformer.integration import check_device, load_model
 from keyformer.quantize import QUANTIZATIONS, weight_bytes
@@ -28,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run every model under every kind of weights, print the table, write the record."""
     flags = parse(argv)
     if flags.record:
-        check_writable(flags.record)
+        check_record(flags.record)
     items = sample(load_items(flags.dataset_path, TASK), flags.n_obs, seed=0)
     device = check_device(flags.device)
     print(f"{'model':26}{'weights':10}{'method':11}{'ROUGE-2':>9}{'ROUGE-L':>9}{'MB':>8}")
@@ -45,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.record:
         settings = {"dtype": flags.dtype, "bs": flags.bs, "beam": flags.beam, "items": len(items)}
         record = {**run_record(device), **settings, "rows": rows}
-        record["versions"] |= {name: version(name) for name in set(QUANTIZATIONS.values())}
+        packages = set(QUANTIZATIONS.values())
+        record["versions"] |= {name: installed_version(name) for name in packages}
         write_json(flags.record, record)
 
 
@@ -61,22 +69,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     bundled = [str(ROOT / "models" / name) for name in MODELS]
     parser.add_argument("--model_path", nargs="+", default=bundled, help="default: the bundled")
     parser.add_argument("--quantize", nargs="+", choices=QUANTIZATIONS, default=list(QUANTIZATIONS))
-    parser.add_argument("--kv_cache", type=float, default=50.0, help="of keyformer, in %% of n")
+    parser.add_argument(
+        "--kv_cache", type=flag.PERCENT_ABOVE_0, default=50.0, help="of keyformer, in %% of n"
+    )
     parser.add_argument(
         "--dataset_path", default=ROOT / "summarization" / "data" / "sample_eval.json"
     )
-    parser.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
+    parser.add_argument("--n_obs", type=flag.whole(1), help="items, drawn at random (default: all)")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--dtype", default="float32", help="of all that is not quantized")
-    parser.add_argument("--bs", type=int, default=8)
-    parser.add_argument("--beam", type=int, default=1)
-    parser.add_argument("--max_new_tokens", type=int, default=TASK.max_new_tokens)
+    parser.add_argument("--bs", type=flag.whole(1), default=8)
+    parser.add_argument("--beam", type=flag.WIDTH, default=1)
+    parser.add_argument("--max_new_tokens", type=flag.whole(1), default=TASK.max_new_tokens)
     parser.add_argument("--record", type=Path, help="write the rows and their record as JSON")
-    flags = parser.parse_args(argv)
-    for name in ("bs", "beam", "max_new_tokens"):
-        if getattr(flags, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(flags, name)}")
-    return flags
+    return parser.parse_args(argv)
 
 
 def measure(

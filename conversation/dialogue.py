@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import keyformer  # noqa: F401 - before transformers, to keep it quiet
+
+# isort: split
 from transformers import TextStreamer, set_seed
 
 from keyformer.config import InputError
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.chat import Chat
-from keyformer.evaluation.data import TASKS, load_items
+from keyformer.evaluation.data import TASKS, is_text, load_items
 from keyformer.evaluation.run import load, run_and_report, task_parser
 
 HERE = Path(__file__).parent
@@ -69,6 +74,8 @@ def talk(flags: argparse.Namespace) -> None:
     model, tokenizer = load(flags)
     set_seed(flags.seed)
     chat = Chat(model, tokenizer, config, narrative, speakers, **flag.generate_options(flags))
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # one line must not take others with it
     print(f"{narrative}\n")
     while said := ask(f"{speakers[0]}: "):
         print(f"{speakers[1]}:", end="", flush=True)
@@ -84,14 +91,17 @@ def situation(flags: argparse.Namespace) -> tuple[str, tuple[str, str]]:
         item = load_items(flags.dataset_path, TASKS["conversation"])[0]
         narrative = item["narrative"] if narrative is None else narrative
         speakers = item["speakers"][:2] if speakers is None else speakers
+    if not is_text("".join([narrative, *speakers])):
+        raise InputError("--narrative and --speakers must be UTF-8")
     return narrative, (speakers[0], speakers[1])
 
 
 def ask(prompt: str) -> str | None:
-    """The next line that is not empty; None at the end of the input or an interrupt."""
+    """The next line of text that is not empty; None at the end of the input or an interrupt."""
     try:
-        while not (said := input(prompt).strip()):
-            pass
+        while not (said := input(prompt).strip()) or not is_text(said):
+            if said:
+                print("this line is not UTF-8 and was left out: please say it again")
     except (EOFError, KeyboardInterrupt):
         return None
     return said

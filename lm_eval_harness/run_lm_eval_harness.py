@@ -16,7 +16,7 @@ from lm_eval.utils import make_table
 from keyformer.config import InputError
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.results import (
-    check_writable,
+    check_record,
     peak_memory_bytes,
     run_record,
     write_json,
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(argv)
     method, config = flag.method_config(flags)
     settings = {**asdict(config), "seed": flags.seed}
-    check_writable(flags.out, folder=True)
+    check_record(flags.out / "record.json")
     manager = find_tasks(flags.tasks)
     store = Store(flags.store)
     lm = load(flags, method, settings)
@@ -172,27 +172,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--tasks", nargs="+", default=["tiny"], help="of lm-eval or bundled (default: %(default)s)"
     )
-    group.add_argument("--num_fewshot", type=int, default=0, help="examples in each prompt")
-    group.add_argument("--limit", type=int, help="documents of each task (default: all)")
-    group.add_argument("--bs", type=int, default=16, help="batch size (default: %(default)s)")
     group.add_argument(
-        "--max_length", type=int, help="longest prompt and continuation (default: lm-eval's hf's)"
+        "--num_fewshot", type=flag.whole(0, 1000), default=0, help="examples in each prompt"
     )
-    group.add_argument("--seed", type=int, default=0, help="of examples and noise (default: 0)")
+    group.add_argument("--limit", type=flag.whole(1), help="documents of each task (default: all)")
+    group.add_argument(
+        "--bs", type=flag.whole(1), default=16, help="batch size (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max_length",
+        type=flag.whole(2),
+        help="longest prompt and continuation (default: lm-eval's hf's)",
+    )
+    group.add_argument(
+        "--seed", type=flag.SEED, default=0, help="of examples and noise (default: 0)"
+    )
     group.add_argument("--out", type=Path, default=OUT, help="folder of what is written")
     flag.store_flags(group, OUT / "finished.sqlite")
     flags = parser.parse_args(argv)
     flag.check_model_flags(flags)
-    for name, least in (
-        ("num_fewshot", 0),
-        ("limit", 1),
-        ("bs", 1),
-        ("max_length", 2),
-        ("seed", 0),
-    ):
-        value = getattr(flags, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} must be at least {least}, got {value}")
     return flags
 
 

@@ -9,11 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.pictures import COLORS
-from keyformer.evaluation.speed import Record, Speed
+from keyformer.evaluation.pictures import COLORS, Figure
+from keyformer.evaluation.speed import Record, Speed, longest_text
 
 ENGINES = ("stock", "full", "keyformer")
 
@@ -25,10 +24,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         __doc__,
         argv,
         Path(__file__).parent,
+        draws=True,
         length=(512, 1024, 2048, 4096, 8192),
         batch=1,
         stretch=64,
     )
+    longest = max(speed.flags.length)
+    speed.check_positions(longest_text(longest // 2, longest - longest // 2, speed.flags.stretch))
     with torch.no_grad():
         done = speed.write(rows(speed))
     speed.draw(picture(done))

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.pictures import COLORS
+from keyformer.evaluation.pictures import COLORS, Figure
 from keyformer.evaluation.speed import Record, Speed
 
 ENGINES = ("full", "h2o", "keyformer")
@@ -18,7 +17,8 @@ ENGINES = ("full", "h2o", "keyformer")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
-    speed = Speed("fig10", __doc__, argv, Path(__file__).parent, prompt=(1024, 2048, 4096), batch=1)
+    folder, lengths = Path(__file__).parent, (1024, 2048, 4096)
+    speed = Speed("fig10", __doc__, argv, folder, draws=True, prompt=lengths, batch=1)
     with torch.no_grad():
         done = speed.write(rows(speed))
     speed.draw(picture(done))

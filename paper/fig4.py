@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from keyformer.config import InputError, KeyformerConfig
-from keyformer.evaluation.flags import Parser
+from keyformer.config import KeyformerConfig
+from keyformer.evaluation.flags import Parser, whole
 from keyformer.evaluation.measures import Softmax
-from keyformer.evaluation.pictures import COLORS
+from keyformer.evaluation.pictures import COLORS, Figure
 from keyformer.evaluation.study import Study, run_study
 from keyformer.evaluation.sweep import PerItem, Steps
 from keyformer.evaluation.tables import print_columns
@@ -25,17 +23,14 @@ METHODS = ("full", "window", "h2o", "keyformer")
 
 def more_flags(parser: Parser) -> None:
     """Whose weights."""
-    parser.add_argument("--layer", type=int, default=3, help="counted from 0 (default: 3)")
-    parser.add_argument("--head", type=int, default=7, help="counted from 0 (default: 7)")
+    parser.add_argument("--layer", type=whole(0), default=3, help="counted from 0 (default: 3)")
+    parser.add_argument("--head", type=whole(0), default=7, help="counted from 0 (default: 7)")
 
 
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
     study = Study("fig4", __doc__, argv, more_flags=more_flags)
     layer, head = study.flags.layer, study.flags.head
-    for name in ("layer", "head"):
-        if getattr(study.flags, name) < 0:
-            raise InputError(f"--{name} must be at least 0, got {getattr(study.flags, name)}")
     measures = study.measures(Softmax, layer=layer, head=head)
     runs = {
         (panel, method): study.runs(KeyformerConfig.preset(method, kv_cache=50), measure)[0]

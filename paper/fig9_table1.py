@@ -9,11 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.pictures import COLORS
-from keyformer.evaluation.speed import Record, Speed
+from keyformer.evaluation.pictures import COLORS, Figure
+from keyformer.evaluation.speed import Record, Speed, longest_text
 
 METHODS = {"stock": 100.0, "full": 100.0, "h2o": 90.0, "keyformer": 50.0}
 """Engines and their cache in percent of the prompt, as in table 1."""
@@ -33,11 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         __doc__,
         argv,
         Path(__file__).parent,
+        draws=True,
         prompt=(1024, 2048, 4096),
         batch=1,
         beams=4,
         stretch=128,
     )
+    longest = max(speed.flags.prompt)
+    speed.check_positions(longest_text(longest, longest, speed.flags.stretch))
     with torch.no_grad():
         done = speed.write(rows(speed))
     speed.draw(picture(done))

@@ -16,15 +16,24 @@ from typing import Any
 
 import numpy as np
 import torch
+
+import keyformer  # noqa: F401 - before transformers, to keep it quiet
+
+# isort: split
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import TASKS, load_items, make_prompt, prompt_room
-from keyformer.evaluation.results import check_writable, write_text
+from keyformer.evaluation.results import check_replaceable, check_writable, write_text
 from keyformer.evaluation.run import load
 from keyformer.evaluation.study import BUNDLED, ROOT
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+
+MOST_STEPS = 2**16 - 1
+"""The page counts steps in 16 bits."""
 
 MOST_SCORES = 2_000_000
 """Scores on a page: beyond that, only every so many steps' are on it."""
@@ -38,9 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = TASKS[flags.task]
     path = flags.dataset_path or BUNDLED[flags.task]
     items = load_items(path, task)
-    if not 0 <= flags.item < len(items):
+    if flags.item >= len(items):
         raise InputError(f"--item must be from 0 to {len(items) - 1}, got {flags.item}")
     check_writable(flags.out)
+    check_replaceable(flags.out, is_page(flags.out))
     model, tokenizer = load(flags)
     new_tokens = flags.max_new_tokens or task.max_new_tokens
     prompt = make_prompt(items[flags.item], task, tokenizer, prompt_room(model, new_tokens))
@@ -48,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = "everything kept" if method == "full" else f"{config.kv_cache:g} % of the prompt"
     model_name = Path(flag.model_path(flags)).name
     data["about"] = f"{model_name}, {flags.task}, item {flags.item}; method {method}, {size}."
-    template = Path(__file__).with_suffix(".html").read_text()
+    template = TEMPLATE.read_text()
     # "</script>" in a text would end the page's data.
     page = template.replace("DATA", json.dumps(data).replace("</", "<\\/"), 1)
     write_text(flags.out, page)
@@ -62,16 +72,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flag.method_flags(parser, default="keyformer")
     parser.add_argument("--task", choices=TASKS, default="summarization")
     parser.add_argument("--dataset_path", type=Path, help="default: the bundled one")
-    parser.add_argument("--item", type=int, default=0, help="which document, counted from 0")
-    parser.add_argument("--max_new_tokens", type=int, help="default: the task's")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument(
+        "--item", type=flag.whole(0), default=0, help="of the dataset, counted from 0"
+    )
+    parser.add_argument(
+        "--max_new_tokens", type=flag.whole(1, MOST_STEPS), help="default: the task's"
+    )
+    parser.add_argument("--seed", type=flag.SEED, default=0, help="of the noise")
     parser.add_argument("--out", type=Path, default=ROOT / "paper" / "results" / "kept_tokens.html")
     flags = parser.parse_args(argv)
-    if flags.max_new_tokens is not None and flags.max_new_tokens < 1:
-        raise InputError(f"--max_new_tokens must be at least 1, got {flags.max_new_tokens}")
     if flags.attention is None:
         flags.attention = "keyformer"
     return flags
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that this script wrote, but not the template of all."""
+    mark = b'<meta name="generator" content="paper/kept_tokens.py">'
+    is_file = path.is_file() and not path.samefile(TEMPLATE)
+    return is_file and mark in path.read_bytes()[:1000]
 
 
 @torch.no_grad()

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation.pictures import COLORS, legend_of, panels
+from keyformer.evaluation.flags import stop_without
+from keyformer.evaluation.pictures import COLORS, Figure, legend_of, panels
 from keyformer.evaluation.study import Results, Study, run_study
 from keyformer.evaluation.sweep import Cell, Steps
 from keyformer.evaluation.tables import labelled, print_differences, print_tables
-from keyformer_lm_eval.harness import find_tasks
-from keyformer_lm_eval.measure import Accuracy
+
+try:
+    from keyformer_lm_eval.harness import find_tasks
+    from keyformer_lm_eval.measure import Accuracy
+except ModuleNotFoundError as error:
+    stop_without(error, extra="lm_eval")
 
 METHODS = ("full", "h2o", "keyformer")
 TASKS = ("copa", "openbookqa", "winogrande", "piqa")

@@ -197,7 +197,7 @@ BAD = [
     (["--bs", "two"], "two"),
     (["--beam", "0"], "--beam"),
     (["--n_obs", "6"], "from 1 to 5"),
-    (["--n_obs", "0"], "from 1 to 5"),
+    (["--n_obs", "0"], "--n_obs must be at least 1, got 0"),
     (["--temperature", "0.5"], "--do_sample"),
     (["--do_sample", "--top_p", "1.5"], "1.5"),
     (["--num_return_sequences", "2"], "--beam"),
@@ -225,7 +225,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     flags, says, mpt_path, dataset_path, tmp_path, monkeypatch, capsys
 ) -> None:
     (tmp_path / "file").write_text("kept")
-    (tmp_path / "scores.json").write_text("kept")
+    kept = '{"command": "python summarize.py"}'
+    (tmp_path / "scores.json").write_text(kept)
     places = {"file": tmp_path / "file", "folder": tmp_path}
     argv = ["--model_path", str(mpt_path), "--dataset_path", str(dataset_path)]
     argv += ["--save_path", str(tmp_path / "s.txt"), "--score_path", str(tmp_path / "scores.json")]
@@ -238,7 +239,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert stopped.value.code == 2
     assert len(lines) == 1 and says in lines[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "scores.json"]
-    assert (tmp_path / "scores.json").read_text() == "kept"
+    assert (tmp_path / "scores.json").read_text() == kept
 
 
 def test_compare_prints_methods_side_by_side(mpt_path, dataset_path, tmp_path, capsys) -> None:

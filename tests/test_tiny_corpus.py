@@ -247,6 +247,7 @@ def test_digits_stand_alone_and_text_survives(tokenizer):
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "sub" / "eval.json"
     for kind, task in (("news", "summarization"), ("dialogue", "conversation")):
+        out.unlink(missing_ok=True)
         corpus.main(["--kind", kind, "--split", "eval", "--n", "3", "--output", str(out)])
         items = json.loads(out.read_text())
         assert items == [corpus.document("eval", i, kind=kind) for i in range(3)]

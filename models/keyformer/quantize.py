@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
+from keyformer import quiet
 from keyformer.config import InputError
 
 QUANTIZATIONS = {"bnb-8bit": "bitsandbytes", "bnb-4bit": "bitsandbytes", "int8": "torchao"}
@@ -46,6 +47,7 @@ def quantization_config(kind: str, dtype: torch.dtype) -> Any:
     if kind == "int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
+        quiet.say()
         return TorchAoConfig(Int8WeightOnlyConfig())
     # It says at every product that activations are cast to half precision.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

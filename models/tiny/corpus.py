@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from keyformer.evaluation.flags import Parser, run_main
-from keyformer.evaluation.results import check_writable, write_json, write_text
+from keyformer.evaluation.results import check_replaceable, check_writable, write_text
 from tiny.templates import (
     Draw,
     Event,
@@ -326,11 +326,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.n < 1 or args.start < 0:
         parser.error("--n must be at least 1 and --start at least 0")
     documents = [document(args.split, args.start + i, kind=args.kind) for i in range(args.n)]
-    check_writable(args.output)
     if args.output.suffix == ".jsonl":
-        write_text(args.output, "".join(json.dumps(made) + "\n" for made in documents))
+        text = "".join(json.dumps(made) + "\n" for made in documents)
     else:
-        write_json(args.output, documents)
+        text = json.dumps(documents, indent=2, ensure_ascii=False) + "\n"
+    check_writable(args.output)
+    check_replaceable(
+        args.output, args.output.is_file() and args.output.read_bytes() == text.encode()
+    )
+    write_text(args.output, text)
     print(f"wrote {args.n} {args.split} documents to {args.output}")
 
 

@@ -8,14 +8,17 @@ the same for every architecture and takes a few minutes on one data-center GPU.
 import argparse
 import math
 import os
-import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import keyformer  # noqa: F401 - before transformers, to keep it quiet
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,14 +35,18 @@ from transformers import (
 )
 from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb
 
+from keyformer.config import InputError
 from keyformer.evaluation.data import TASKS
-from keyformer.evaluation.flags import Parser, run_main
+from keyformer.evaluation.flags import SEED, Parser, real, run_main, whole
+from keyformer.evaluation.results import check_writable
+from keyformer.integration import check_device
 from tiny.corpus import KINDS, SHAPES, document, options
 
 EOS = "<|endoftext|>"
 PAD_TO = 32  # batch lengths are multiples of this: few distinct attention biases, aligned kernels
 PROMPT, RESPONSE = 1, 2  # what a token belongs to; 0 is padding
 TASK_OF = {"news": TASKS["summarization"], "dialogue": TASKS["conversation"]}
+COMMAND = "python models/tiny/train.py"  # by which a card tells whose model it is about
 SHOTS = 6  # most questions in one example: five answered ones and the last
 # The kinds of training documents, in turn.
 MIXTURE = tuple(kind for shape in SHAPES for kind in ("news", "news", "dialogue", shape))
@@ -381,54 +388,97 @@ Held-out documents share no full name of a person, place, river or organisation 
 def save(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, card: str
 ) -> None:
-    """Write the model (float16), tokenizer and card; `folder` appears only once complete."""
+    """Write the model (float16), tokenizer and card; files appear only once all are complete.
+
+    Other files of the folder stay.
+    """
     model = model.half().cpu()
     if not all(p.isfinite().all() for p in model.parameters()):
-        raise SystemExit("train.py: weights do not fit float16; nothing was saved")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+        raise InputError("weights do not fit float16, nothing was saved: try a lower --lr")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as made:
+        partial = Path(made)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card)
+        for file in partial.iterdir():
+            file.replace(folder / file.name)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is empty, or yet to be made, or has the card of a model made here."""
+    card = folder / "README.md"
+    if card.is_file():
+        return COMMAND.encode() in card.read_bytes()
+    return not folder.is_dir() or not any(folder.iterdir())
+
+
+def check_lengths(args: argparse.Namespace, tokenizer: Tokenizer, table: int | None) -> None:
+    """Refuse a vocabulary whose documents are longer than the model's table of positions.
+
+    Raises
+    ------
+    InputError
+        If one of a few documents of every kind is.
+    """
+    if table is None:
+        return
+    examples = [example(kind, "eval", i) for kind in KINDS for i in range(10 * SHOTS)]
+    rows = (row for rows in batched(tokenizer, examples, args.batch_tokens) for row in rows)
+    longest = max(len(ids) for ids, _ in rows)
+    if longest > table:
+        raise InputError(
+            f"--vocab_size {args.vocab_size} makes documents of up to {longest} tokens, and"
+            f" --arch {args.arch} has {table} positions"
+        )
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; exit status 2 on bad arguments."""
+    """The command line; exit status 2 or InputError on bad arguments."""
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--arch", choices=list(ARCHS), default="mpt")
     parser.add_argument("--output_dir", type=Path, help="default: models/ARCH-tiny-keyformer")
-    parser.add_argument("--steps", type=int, default=13_000)
-    parser.add_argument("--max_minutes", type=float, default=8.5, help="stop training by then")
-    parser.add_argument("--batch_tokens", type=int, default=65_536, help="padding included")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--warmup", type=int, default=300, help="steps")
-    parser.add_argument("--prompt_weight", type=float, default=0.2, help="loss, response has 1")
-    parser.add_argument("--ramp", type=int, default=250_000, help="documents until full length")
-    parser.add_argument("--d_model", type=int, default=256)
-    parser.add_argument("--n_layers", type=int, default=6)
-    parser.add_argument("--n_heads", type=int, default=8)
-    parser.add_argument("--vocab_size", type=int, default=2048)
-    parser.add_argument("--tokenizer_documents", type=int, default=6000)
-    parser.add_argument("--eval_documents", type=int, default=512)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=whole(1), default=13_000)
+    parser.add_argument(
+        "--max_minutes", type=real(0, 1e6, above=True), default=8.5, help="stop training by then"
+    )
+    parser.add_argument(
+        "--batch_tokens", type=whole(1, 2**24), default=65_536, help="padding included"
+    )
+    parser.add_argument("--lr", type=real(0, 1, above=True), default=1e-3)
+    parser.add_argument("--warmup", type=whole(1), default=300, help="steps")
+    parser.add_argument(
+        "--prompt_weight", type=real(0, 1000), default=0.2, help="loss, response has 1"
+    )
+    parser.add_argument(
+        "--ramp", type=whole(1), default=250_000, help="documents until full length"
+    )
+    parser.add_argument("--d_model", type=whole(1, 2**14), default=256)
+    parser.add_argument("--n_layers", type=whole(1, 1024), default=6)
+    parser.add_argument("--n_heads", type=whole(1, 1024), default=8)
+    # At least all bytes and the end of a text, at most what a batch's int16 holds.
+    parser.add_argument("--vocab_size", type=whole(257, 2**15), default=2048)
+    parser.add_argument("--tokenizer_documents", type=whole(1), default=6000)
+    parser.add_argument("--eval_documents", type=whole(1), default=512)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=min(14, (os.cpu_count() or 1) - 1))
-    parser.add_argument("--log_every", type=int, default=100)
+    parser.add_argument("--workers", type=whole(0, 256), default=min(14, (os.cpu_count() or 1) - 1))
+    parser.add_argument("--log_every", type=whole(1), default=100)
     args = parser.parse_args(argv)
-    for name in ("steps", "max_minutes", "batch_tokens", "lr", "warmup", "ramp", "log_every"):
-        if getattr(args, name) <= 0:
-            parser.error(f"--{name} must be positive")
+    check_device(args.device)
+    size, rest = divmod(args.d_model, args.n_heads)
+    if rest or (args.arch == "gptj" and size % 4):  # of which half is rotated, in pairs
+        kind = "multiple of 4 times" if args.arch == "gptj" else "multiple of"
+        raise InputError(f"--d_model must be a {kind} --n_heads {args.n_heads}, got {args.d_model}")
     args.output_dir = args.output_dir or Path(f"models/{args.arch}-tiny-keyformer")
-    if args.output_dir.exists() and not (args.output_dir / "config.json").exists():
-        parser.error(f"--output_dir {args.output_dir} exists and holds no model")
+    if not is_ours(args.output_dir):
+        parser.error(f"--output_dir {args.output_dir} holds something, and no model made here")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate and save a model as the command line says."""
     args = parse_args(argv)
+    check_writable(args.output_dir, folder=True)
     args.start = time.time()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the loader's workers are the parallelism
     torch.manual_seed(args.seed)
@@ -442,6 +492,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     eos = fast.eos_token_id
     tokens = {"vocab_size": args.vocab_size, "bos_token_id": eos, "eos_token_id": eos}
     model = arch.build(args, tokens | {"pad_token_id": eos}).to(args.device)
+    check_lengths(args, tokenizer, getattr(model.config, "n_positions", None))
     model.eval()  # there is no dropout; train mode would only cost time
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.arch}: {parameters:,} parameters, tokenizer in {time.time() - args.start:.0f} s")
@@ -456,7 +507,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     card = CARD.format(
         arch=arch.name,
         parameters=parameters,
-        command=" ".join(["python models/tiny/train.py", *options]),
+        command=" ".join([COMMAND, *options]),
         steps=steps,
         tokens=tokens_seen,
         train_loss=train_loss,

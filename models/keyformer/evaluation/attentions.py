@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from keyformer.attention import Attended
-from keyformer.evaluation.results import write_whole
+from keyformer.evaluation.results import check_replaceable, check_writable, write_whole
+
+
+def check_attentions(folder: Path) -> None:
+    """Make sure that weights can be written to a folder, and replace none but weights.
+
+    Raises
+    ------
+    InputError
+        If it cannot be made or written to, or holds other arrays under the names to be.
+    """
+    check_writable(folder, folder=True)
+    for path in folder.glob("[0-9]*.npz"):
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                ours = all(name.startswith("step") for name in saved.files)
+        except (OSError, ValueError, zipfile.BadZipFile):
+            ours = False
+        check_replaceable(path, ours)
 
 
 class AttentionRecorder:

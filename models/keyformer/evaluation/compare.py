@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from keyformer.config import CACHE_DTYPES, METHODS, InputError, KeyformerConfig
+from keyformer.config import CACHE_DTYPES, METHODS, KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import (
     TASKS,
@@ -20,7 +20,7 @@ from keyformer.evaluation.data import (
     sample,
 )
 from keyformer.evaluation.processes import is_main
-from keyformer.evaluation.results import check_writable, record, write_json
+from keyformer.evaluation.results import check_record, record, write_json
 from keyformer.evaluation.run import generated, generation, load, summary
 from keyformer.evaluation.store import Store
 from keyformer.evaluation.work import finish
@@ -51,7 +51,7 @@ def compare(
     task = TASKS[task_name]
     flags = parse(argv, description, task, here)
     if flags.record:
-        check_writable(flags.record)
+        check_record(flags.record)
     settings = list(rows(flags))
     items = sample(load_items(flags.dataset_path, task), flags.n_obs, seed=0)
     store = Store(flags.store)
@@ -75,7 +75,8 @@ def compare(
     results = []
     for (method, seed, config), of in zip(settings, found, strict=True):
         row = {"method": method, "kv_cache": config.kv_cache, "seed": seed}
-        figures = summary([of[item] for item in common], [items[item] for item in common], task)
+        some = [items[item] for item in common]
+        figures = summary([of[item] for item in common], some, task, flags.rouge_tokenizer)
         results.append({**row, "config": asdict(config), **figures})
     if is_main() and common:
         for item in common[: flags.show]:
@@ -87,6 +88,7 @@ def compare(
     if is_main() and flags.record and stopped is None:
         described = {"model": flags.model_name, "task": task_name, "items": len(items)}
         described |= {"prompt": kind, "beam": flags.beam, "quantize": flags.quantize}
+        described["rouge_tokenizer"] = flags.rouge_tokenizer
         described["weight_bytes"] = weight_bytes(model)
         sources = store.sources(key for job in jobs for key in job.keys)
         write_json(flags.record, {**described, **record(sources), "rows": results})
@@ -113,28 +115,31 @@ def parse(
     default = KeyformerConfig()
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument(
-        "--kv_cache", nargs="+", type=float, default=[50.0], help="cache sizes in %% of the prompt"
+        "--kv_cache",
+        nargs="+",
+        type=flag.PERCENT_ABOVE_0,
+        default=[50.0],
+        help="cache sizes in %% of the prompt",
     )
-    parser.add_argument("--recent", type=float, default=default.recent)
+    parser.add_argument("--recent", type=flag.PERCENT, default=default.recent)
     parser.add_argument("--cache_dtype", choices=CACHE_DTYPES, default=default.cache_dtype)
     flag.chunk_flag(parser)
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[0], help="for methods that draw noise"
+        "--seeds", nargs="+", type=flag.SEED, default=[0], help="for methods that draw noise"
     )
     flag.prompt_flag(parser)
     parser.add_argument("--dataset_path", default=here / "data" / "sample_eval.json")
-    parser.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
-    parser.add_argument("--bs", type=int, default=8)
-    parser.add_argument("--beam", type=int, default=1)
-    parser.add_argument("--max_new_tokens", type=int, default=task.max_new_tokens)
-    parser.add_argument("--show", type=int, default=0, help="print the texts of this many items")
+    parser.add_argument("--n_obs", type=flag.whole(1), help="items, drawn at random (default: all)")
+    parser.add_argument("--bs", type=flag.whole(1), default=8)
+    parser.add_argument("--beam", type=flag.WIDTH, default=1)
+    parser.add_argument("--max_new_tokens", type=flag.whole(1), default=task.max_new_tokens)
+    parser.add_argument(
+        "--show", type=flag.whole(0), default=0, help="print the texts of this many items"
+    )
+    flag.rouge_flag(parser)
     parser.add_argument("--record", type=Path, help="write the rows and their record as JSON")
     flag.store_flags(parser, here / "out" / "finished.sqlite")
-    flags = parser.parse_args(argv)
-    for name in ("bs", "beam", "max_new_tokens"):
-        if getattr(flags, name) < 1:
-            raise InputError(f"--{name} must be at least 1, got {getattr(flags, name)}")
-    return flags
+    return parser.parse_args(argv)
 
 
 def rows(flags: argparse.Namespace) -> Iterator[tuple[str, int, KeyformerConfig]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -140,7 +141,7 @@ def load_items(path: str | Path, task: Task) -> list[Item]:
         another kind or an empty document; the message says which item, counted from 0.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the dataset {path}: {error}") from error
     items = [task.adapt(item) for item in _parse(text, path)]
@@ -166,6 +167,9 @@ def _problem(item: Any, task: Task) -> str | None:
     for name in task.lists:
         if not isinstance(item[name], list) or not all(isinstance(x, str) for x in item[name]):
             return f"has a field {name!r} that is not a list of texts"
+    for name in task.texts + task.lists:
+        if not is_text("".join(item[name])):
+            return f"has a field {name!r} with half of a surrogate pair, which no text can hold"
     lengths = {len(item[name]) for name in task.lists}
     if len(lengths) > 1:
         return f"has fields of unequal length: {', '.join(task.lists)}"
@@ -176,22 +180,58 @@ def _problem(item: Any, task: Task) -> str | None:
     return None
 
 
+def is_text(text: str) -> bool:
+    """Whether a tokenizer can read it: half of a surrogate pair is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _parse(text: str, path: str | Path) -> list[Any]:
     if text.lstrip().startswith("["):
         try:
             return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is not JSON: {error}") from error
-    items = []
-    for number, line in enumerate(text.splitlines(), start=1):
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path} is not JSON: {_broken_item(text)}{_why(error)}") from error
+    items: list[Any] = []
+    # Not splitlines(): a text may hold characters that it takes for ends of lines.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 items.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(
-                    f"{path} is neither a JSON list nor JSON lines: line {number}: {error}"
+                    f"{path} is neither a JSON list nor JSON lines: line {number}:"
+                    f" item {len(items)}: {_why(error)}"
                 ) from error
     return items
+
+
+def _broken_item(text: str) -> str:
+    """Which item of a JSON list cannot be read, to put before the reason."""
+    decoder, between = json.JSONDecoder(), set(" \t\r\n,")
+    at = text.index("[") + 1
+    for number in itertools.count():
+        while text[at : at + 1] in between:
+            at += 1
+        if text[at : at + 1] in ("", "]"):
+            break
+        try:
+            _, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return f"item {number}: "
+    return ""
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with JSON, in one line."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if not isinstance(error, json.JSONDecodeError):
+        return "a number has too many digits"
+    return str(error)
 
 
 def sample(items: Sequence[Any], n_obs: int | None, seed: int) -> list[Any]:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from keyformer.config import CACHE_DTYPES, METHODS, POSITIONS, InputError, KeyformerConfig
 from keyformer.evaluation.data import PROMPTS, TASKS
 from keyformer.evaluation.processes import is_main, leave
+from keyformer.evaluation.rouge import TOKENIZERS
 from keyformer.integration import check_device
 from keyformer.quantize import QUANTIZATIONS
 
@@ -21,14 +22,68 @@ MODELS = Path(__file__).parents[2]
 """The folder models/, where the bundled checkpoints are."""
 
 BUNDLED_MODEL = "mpt-tiny-keyformer"
-UNTRUNCATED = "longest"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, with exit code 2."""
+    """A parser whose errors are one line, with exit code 2.
+
+    A number out of its flag's bounds, see :func:`whole` and :func:`real`, is an InputError.
+    """
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except _OutOfBounds as error:
+            raise InputError(f"{action.option_strings[0]} {error}") from error
+
+
+class _OutOfBounds(Exception):
+    """What a flag's value must be; argparse lets it pass, as it is no ValueError."""
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """A flag's ``type``: whole numbers from ``least`` to ``most``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:  # also where there are thousands of digits
+            raise _OutOfBounds(f"must be a whole number, got {text[:40]!r}") from None
+        if not least <= value <= most:
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            raise _OutOfBounds(f"must be {bound}, got {text[:40]}")
+        return value
+
+    return parse
+
+
+def real(least: float, most: float, *, above: bool = False) -> Callable[[str], float]:
+    """A flag's ``type``: numbers in [least, most], or (least, most] with ``above``."""
+    allowed = f"{'(' if above else '['}{least:g}, {most:g}]"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise _OutOfBounds(f"must be a number, got {text[:40]!r}") from None
+        if not least <= value <= most or (above and value == least):  # nan is refused, too
+            raise _OutOfBounds(f"must be in {allowed}, got {text[:40]}")
+        return value
+
+    return parse
+
+
+SEED = whole(0, 2**32 - 1)
+"""A seed that Python, numpy and torch all take."""
+PERCENT = real(0, 100)
+PERCENT_ABOVE_0 = real(0, 100, above=True)
+FACTOR = real(1e-4, 1e4)
+"""Of logits: they stay finite, and of any use, within."""
+WIDTH = whole(1, 256)
+"""Sequences that a prompt is multiplied by."""
 
 
 def run_main(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
@@ -85,6 +140,16 @@ def store_flags(parser: argparse._ActionsContainer, store: Path | None) -> None:
     )
 
 
+def stop_without(error: ModuleNotFoundError, extra: str) -> NoReturn:
+    """End a script that imports a package of one of this repository's extras, with exit code 2."""
+    print(
+        f"{Path(sys.argv[0]).name}: error: {error.name} is not installed:"
+        f' pip install -c constraints.txt -e ".[{extra}]"',
+        file=sys.stderr,
+    )
+    sys.exit(2)
+
+
 def method_flags(parser: argparse.ArgumentParser, default: str = "full") -> None:
     """Flags that choose the attention method and its settings.
 
@@ -101,18 +166,20 @@ def method_flags(parser: argparse.ArgumentParser, default: str = "full") -> None
     group.add_argument("--keyformer", action="store_true", help="short for --attention keyformer")
     group.add_argument(
         "--kv_cache",
-        type=float,
+        type=PERCENT_ABOVE_0,
         default=defaults.kv_cache,
         help="cache size in %% of the prompt, in (0, 100]; full ignores it (default: %(default)s)",
     )
     group.add_argument(
         "--recent",
-        type=float,
+        type=PERCENT,
         default=defaults.recent,
         help="recent window in %% of the cache, in [0, 100]; window, streaming_llm and key"
         " have their own (default: %(default)s)",
     )
-    group.add_argument("--kv_budget", type=int, help="cache size in tokens, instead of --kv_cache")
+    group.add_argument(
+        "--kv_budget", type=whole(1), help="cache size in tokens, instead of --kv_cache"
+    )
     group.add_argument(
         "--positions",
         choices=POSITIONS,
@@ -130,9 +197,9 @@ def method_flags(parser: argparse.ArgumentParser, default: str = "full") -> None
     for name, when in (("tau_init", "at the prompt"), ("tau_end", "at the last token")):
         group.add_argument(
             f"--{name}",
-            type=float,
+            type=FACTOR,
             default=getattr(defaults, name),
-            help=f"temperature of keyformer's score {when}, > 0 (default: %(default)s)",
+            help=f"temperature of keyformer's score {when} (default: %(default)s)",
         )
 
 
@@ -140,7 +207,7 @@ def chunk_flag(parser: argparse._ActionsContainer) -> None:
     """The flag for prompts in chunks."""
     parser.add_argument(
         "--prefill_chunk",
-        type=int,
+        type=whole(1),
         help="tokens of a prompt that are processed, and evicted to the cache's size, at a time:"
         " memory is bounded whatever the prompt's length (default: all at once)",
     )
@@ -274,11 +341,11 @@ def task_flags(
     group.add_argument("--task", choices=TASKS, default=task, help="how items become prompts")
     prompt_flag(group)
     group.add_argument("--dataset_path", default=dataset_path, help="JSON list or JSON lines")
-    group.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
-    group.add_argument("--seed", type=int, default=0, help="of every draw (default: 0)")
+    group.add_argument("--n_obs", type=whole(1), help="items, drawn at random (default: all)")
+    group.add_argument("--seed", type=SEED, default=0, help="of every draw (default: 0)")
     group.add_argument(
         "--max_tokenizer_length",
-        type=int,
+        type=whole(1, 2**20),
         default=2048,
         help="longest prompt in tokens; the document is cut to fit this and, less"
         " --max_new_tokens, the model's table of positions (default: %(default)s)",
@@ -313,73 +380,67 @@ def task_flags(
         help="add each sequence's log-probability per token to --score_path",
     )
     group.add_argument("--include_special_tokens", action="store_true")
+    rouge_flag(group)
     store_flags(group, out / "finished.sqlite")
 
     group = parser.add_argument_group("generation")
     group.add_argument(
-        "--bs", type=int, default=1, help="batch size; with --do_sample prompts go one by one"
+        "--bs",
+        type=whole(1),
+        default=1,
+        help="batch size; with --do_sample prompts go one by one",
     )
-    group.add_argument("--beam", type=int, default=1, help="beams; the paper's runs use 4")
+    group.add_argument("--beam", type=WIDTH, default=1, help="beams; the paper's runs use 4")
     group.add_argument("--early_stopping", action="store_true", help="of beam search")
     group.add_argument("--do_sample", action="store_true")
-    group.add_argument("--temperature", type=float, help="of sampling")
-    group.add_argument("--top_k", type=int, help="of sampling")
-    group.add_argument("--top_p", type=float, help="of sampling")
-    group.add_argument("--num_return_sequences", type=int, default=1)
-    group.add_argument("--no_repeat_ngram_size", type=int, default=0)
-    group.add_argument("--repetition_penalty", type=float, default=1.0)
+    group.add_argument("--temperature", type=FACTOR, help="of sampling")
+    group.add_argument("--top_k", type=whole(1), help="of sampling")
+    group.add_argument("--top_p", type=real(0, 1, above=True), help="of sampling")
+    group.add_argument("--num_return_sequences", type=WIDTH, default=1)
+    group.add_argument("--no_repeat_ngram_size", type=whole(0), default=0)
+    group.add_argument("--repetition_penalty", type=FACTOR, default=1.0)
     group.add_argument(
         "--max_new_tokens",
-        type=int,
+        type=whole(1),
         default=TASKS[task].max_new_tokens,
         help="generated at most (default: %(default)s)",
     )
-    group.add_argument("--max_gen_length", type=int, help="prompt and generated together at most")
-    group.add_argument("--min_gen_length", type=int, default=0, help="generated at least")
-    group.add_argument("--eos_token_id", type=int, help="ends a text (default: the model's)")
+    group.add_argument(
+        "--max_gen_length", type=whole(1), help="prompt and generated together at most"
+    )
+    group.add_argument("--min_gen_length", type=whole(0), default=0, help="generated at least")
+    group.add_argument("--eos_token_id", type=whole(0), help="ends a text (default: the model's)")
+
+
+def rouge_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag for what ROUGE takes for words."""
+    parser.add_argument(
+        "--rouge_tokenizer",
+        choices=TOKENIZERS,
+        default="default",
+        help="default: rouge-score's, as in the paper, reads a to z and digits only; unicode: all"
+        " scripts, the same on English (default: %(default)s)",
+    )
 
 
 def check_task_flags(flags: argparse.Namespace) -> None:
-    """Refuse values and combinations that cannot work, before anything is loaded.
+    """Refuse combinations that cannot work, before anything is loaded.
 
     Raises
     ------
     InputError
-        Naming the flag, its value and what is allowed.
+        Naming the flags.
     """
-    for name, least in (
-        ("bs", 1),
-        ("beam", 1),
-        ("num_return_sequences", 1),
-        ("max_new_tokens", 1),
-        ("max_tokenizer_length", 1),
-        ("max_gen_length", 1),
-        ("min_gen_length", 0),
-        ("no_repeat_ngram_size", 0),
-        ("top_k", 1),
-        ("seed", 0),
-    ):
-        value = getattr(flags, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} must be at least {least}, got {value}")
-    for name, most in (
-        ("repetition_penalty", float("inf")),
-        ("temperature", float("inf")),
-        ("top_p", 1),
-    ):
-        value = getattr(flags, name)
-        if value is not None and not 0 < value <= most:
-            raise InputError(f"--{name} must be in (0, {most}], got {value}")
     check_model_flags(flags)
     if not flags.do_sample:
         for name in ("temperature", "top_k", "top_p"):
             if getattr(flags, name) is not None:
                 raise InputError(f"--{name} needs --do_sample")
-        if flags.num_return_sequences > flags.beam:
-            raise InputError(
-                f"--num_return_sequences {flags.num_return_sequences} needs as many --beam,"
-                f" or --do_sample; --beam is {flags.beam}"
-            )
+    if flags.num_return_sequences > flags.beam and (flags.beam > 1 or not flags.do_sample):
+        raise InputError(
+            f"--num_return_sequences {flags.num_return_sequences} needs as many --beam, or"
+            f" --do_sample and one; --beam is {flags.beam}"
+        )
     if flags.min_gen_length > flags.max_new_tokens:
         raise InputError(
             f"--min_gen_length {flags.min_gen_length} is more than"

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from matplotlib import rcParams
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
+from keyformer.evaluation.flags import stop_without
 from keyformer.evaluation.study import Results
 from keyformer.evaluation.sweep import Row
 from keyformer.evaluation.tables import NAMES, compared_metric
+
+try:
+    from matplotlib import rcParams
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:
+    stop_without(error, extra="paper")
 
 rcParams.update(
     {

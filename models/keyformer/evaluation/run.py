@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
+from keyformer.evaluation.attentions import check_attentions
 from keyformer.evaluation.data import (
     TASKS,
     Item,
@@ -28,11 +29,10 @@ from keyformer.evaluation.generation import Generated, generate
 from keyformer.evaluation.identity import environment, weights_hash
 from keyformer.evaluation.processes import is_main, own_device
 from keyformer.evaluation.results import (
-    check_writable,
+    check_record,
     peak_memory_bytes,
     record,
-    write_json,
-    write_text,
+    write_record,
 )
 from keyformer.evaluation.rouge import mean, rouge
 from keyformer.evaluation.store import Result, Store
@@ -189,10 +189,9 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     flag.check_task_flags(flags)
     task = TASKS[flags.task]
     saves_attentions = flags.save_attentions or flags.save_prompt_attentions
-    check_writable(flags.save_path)
-    check_writable(flags.score_path)
     if saves_attentions:
-        check_writable(flags.attentions_path, folder=True)
+        check_attentions(flags.attentions_path)
+    check_record(flags.score_path, flags.save_path)
     items = sample(load_items(flags.dataset_path, task), flags.n_obs, flags.seed)
     store = Store(flags.store)
     model, tokenizer = load(flags)
@@ -232,9 +231,10 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
         stopped = stop
     found = generated(job, store)
     result = {
-        **summary([*found.values()], [items[item] for item in found], task),
+        **summary([*found.values()], [items[item] for item in found], task, flags.rouge_tokenizer),
         "unfinished": len(items) - len(found),
         "items_from_store": kept,
+        "rouge_tokenizer": flags.rouge_tokenizer,
         "model": flags.model_name if not flags.model_path else Path(flags.model_path).name,
         "task": flags.task,
         "prompt": kind,
@@ -250,8 +250,8 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
         result["sequence_scores"] = [of.sequence_scores for of in found.values()]
     if is_main() and found:
         lines = [" ".join(text.split()) for of in found.values() for text in of.texts]
-        write_text(flags.save_path, "".join(line + "\n" for line in lines))
-        write_json(flags.score_path, result)
+        texts = "".join(line + "\n" for line in lines)
+        write_record(flags.score_path, result, {flags.save_path: texts})
     if stopped is not None:
         raise stopped
     return result
@@ -289,8 +289,18 @@ def check_lengths(
             )
 
 
-def summary(found: Sequence[Generated], items: Sequence[Item], task: Task) -> dict[str, Any]:
+def summary(
+    found: Sequence[Generated],
+    items: Sequence[Item],
+    task: Task,
+    rouge_tokenizer: str = "default",
+) -> dict[str, Any]:
     """The figures of a run over items, of which there may be none.
+
+    Parameters
+    ----------
+    rouge_tokenizer
+        See :func:`keyformer.evaluation.rouge.rouge`.
 
     Returns
     -------
@@ -309,7 +319,7 @@ def summary(found: Sequence[Generated], items: Sequence[Item], task: Task) -> di
     tokens, seconds = sum(of.tokens for of in found), sum(of.seconds for of in found)
     return {
         "items": len(found),
-        **mean(rouge(best, references)),
+        **mean(rouge(best, references, rouge_tokenizer)),
         "gen_len": sum(len(text) for text in texts),
         "gen_num": len(texts),
         "gen_tokens": tokens,

@@ -14,20 +14,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.evaluation.flags import Parser
-from keyformer.evaluation.results import check_writable, run_record, write_json, write_picture
+from keyformer.evaluation.flags import PERCENT, PERCENT_ABOVE_0, Parser, whole
+from keyformer.evaluation.results import check_record, run_record, write_json, write_picture
 from keyformer.evaluation.tables import print_columns
 from keyformer.integration import DTYPES, check_device, enable_keyformer
 from keyformer.replay import LEAST_STEPS
+
+if TYPE_CHECKING:  # what draws nothing goes without matplotlib
+    from matplotlib.figure import Figure
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mpt-7b": {
@@ -36,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "n_heads": 32,
         "n_layers": 32,
         "vocab_size": 50432,
-        "max_seq_len": 16384,
+        "max_seq_len": 32768,
     },
     "gpt-j-6b": {"model_type": "gptj", "n_positions": 16384},
     "cerebras-gpt-6.7b": {
@@ -58,7 +60,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
-    "tiny": {"model_type": "mpt", "d_model": 64, "n_heads": 2, "n_layers": 2, "vocab_size": 64},
+    "tiny": {
+        "model_type": "mpt",
+        "d_model": 64,
+        "n_heads": 2,
+        "n_layers": 2,
+        "vocab_size": 64,
+        "max_seq_len": 65536,
+    },
     "tiny-llama": {
         "model_type": "llama",
         "hidden_size": 64,
@@ -67,6 +76,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 64,
+        "max_position_embeddings": 65536,
     },
 }
 """Of the paper's models, with tables of positions that the longest measurement fits in, and of
@@ -78,6 +88,11 @@ ENGINES = ("stock", "full", "window", "h2o", "keyformer")
 STEPS = 4
 """Decode steps of a timing, one after the other, so that the host's part overlaps the device's."""
 
+TINY = ("tiny", "tiny-llama")
+MOST_OF_TINY = 64
+"""The largest default size where all models are tiny ones, which only show that a script works."""
+REPEATS_OF_TINY = 3
+
 FIRST = 2 * LEAST_STEPS
 """New tokens before a stretch: among them is the capture of a step."""
 
@@ -86,6 +101,8 @@ STOCK_CHUNK = 512
 
 COPIED_BYTES = {"cuda": 2**32, "cpu": 2**26}
 """Of the copy that measures bandwidth: many times a cache."""
+
+PICTURES = (".png", ".svg")
 
 Record = dict[str, Any]
 
@@ -96,9 +113,12 @@ class Speed:
     Parameters
     ----------
     name, description
-        Of the script; the record is written to ``folder``/results/``name``.json.
+        Of the script; the record is written to ``folder``/results/local/``name``.json, unless
+        --output says otherwise.
     defaults
         Flags of the script's own and their defaults: a whole number, or a tuple of them.
+    draws
+        Whether the record gets a picture beside it.
 
     Attributes
     ----------
@@ -114,6 +134,8 @@ class Speed:
         description: str | None,
         argv: Sequence[str] | None,
         folder: Path,
+        *,
+        draws: bool = False,
         **defaults: int | tuple[int, ...],
     ) -> None:
         parser = Parser(description=description, formatter_class=argparse.RawTextHelpFormatter)
@@ -121,24 +143,47 @@ class Speed:
             "--model", nargs="+", choices=SHAPES, default=["mpt-7b"], help="shapes of models"
         )
         parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
-        parser.add_argument("--kv_cache", type=float, default=50.0, help="%% of the prompt")
-        parser.add_argument("--recent", type=float, default=30.0, help="%% of the cache")
+        parser.add_argument(
+            "--kv_cache", type=PERCENT_ABOVE_0, default=50.0, help="%% of the prompt"
+        )
+        parser.add_argument("--recent", type=PERCENT, default=30.0, help="%% of the cache")
         parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
         parser.add_argument("--device", help="default: a GPU if there is one")
-        parser.add_argument("--repeats", type=int, default=20, help="of which the median counts")
-        parser.add_argument("--output", default=folder / "results" / f"{name}.json")
+        parser.add_argument(
+            "--repeats", type=whole(1), default=20, help="of which the median counts"
+        )
+        parser.add_argument("--output", default=folder / "results" / "local" / f"{name}.json")
         for flag, default in defaults.items():
             several: dict[str, Any] = {} if isinstance(default, int) else {"nargs": "+"}
-            parser.add_argument(f"--{flag}", type=int, default=default, **several)
+            parser.add_argument(f"--{flag}", type=whole(1), default=default, **several)
         self.flags = parser.parse_args(argv)
-        for flag in ("repeats", *defaults):
-            value = getattr(self.flags, flag)
-            if min(value if isinstance(value, Sequence) else [value]) < 1:
-                raise InputError(f"--{flag} must be at least 1, got {value}")
+        if set(self.flags.model) <= set(TINY):
+            small = {flag: _at_most(MOST_OF_TINY, default) for flag, default in defaults.items()}
+            parser.set_defaults(**small, repeats=REPEATS_OF_TINY)
+            self.flags = parser.parse_args(argv)
         self.configs = {name: self.config(name, self.flags.kv_cache) for name in ENGINES}
         self.device = check_device(self.flags.device)
         self.dtype = DTYPES[self.flags.dtype]
-        check_writable(self.flags.output)
+        output = Path(self.flags.output)
+        pictures = [output.with_suffix(kind) for kind in PICTURES] if draws else []
+        check_record(output, *pictures)
+
+    def check_positions(self, tokens: int) -> None:
+        """Refuse texts that a model has no positions for, before anything is measured.
+
+        Raises
+        ------
+        InputError
+            If a model's table has fewer than ``tokens``, those of the longest text.
+        """
+        for shape in self.flags.model:
+            config = _model_config(shape)
+            biases = getattr(config, "max_seq_len", None)  # of which only stock makes a table
+            table = biases or config.max_position_embeddings
+            if tokens > table and not (biases and "stock" not in self.flags.engine):
+                raise InputError(
+                    f"--model {shape} has {table} positions, and the longest text needs {tokens}"
+                )
 
     def config(self, engine: str, kv_cache: float) -> KeyformerConfig | None:
         """An engine's method at a cache size in percent; None for stock transformers."""
@@ -155,7 +200,7 @@ class Speed:
 
     def draw(self, figure: Figure) -> None:
         """The picture beside the record, as PNG and SVG."""
-        for kind in (".png", ".svg"):
+        for kind in PICTURES:
             write_picture(Path(self.flags.output).with_suffix(kind), figure)
 
     def write(self, rows: Iterable[Record]) -> list[Record]:
@@ -197,8 +242,7 @@ class Bench:
 
     def __init__(self, shape: str, dtype: torch.dtype, device: torch.device, repeats: int) -> None:
         self.shape, self.device, self.repeats = shape, device, repeats
-        settings = dict(SHAPES[shape])
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        config = _model_config(shape)
         config.update({"use_cache": True, "eos_token_id": None, "pad_token_id": 0})
         torch.manual_seed(0)
         with torch.device(device):
@@ -210,10 +254,9 @@ class Bench:
         if embedding is not self.stock.get_output_embeddings().weight:
             del read[id(embedding)]  # of which a step reads a row
         self.weight_bytes = sum(read.values())
-        settings = self.stock.config
-        self.layers, self.heads = settings.num_hidden_layers, settings.num_attention_heads
-        self.kv_heads = getattr(settings, "num_key_value_heads", None) or self.heads
-        self.head_dim = settings.hidden_size // self.heads
+        self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
+        self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
+        self.head_dim = config.hidden_size // self.heads
         self.bandwidth = self._bandwidth()
 
     def _bandwidth(self) -> float:
@@ -494,11 +537,30 @@ class Bench:
         return (torch.cuda.max_memory_allocated(self.device) - before) / 1e9
 
 
+def longest_text(prompt: int, new: int, stretch: int) -> int:
+    """The tokens of the longest text that :meth:`Bench.generation` measures."""
+    if FIRST + stretch >= new:
+        return prompt + max(new, FIRST)
+    return prompt + new + FIRST + stretch
+
+
 def free(device: torch.device) -> None:
     """Give back what dead models and caches held."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _model_config(shape: str) -> Any:
+    settings = dict(SHAPES[shape])
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
+def _at_most(most: int, default: int | tuple[int, ...]) -> int | list[int]:
+    """A default size, or several, none above ``most`` and none twice."""
+    if isinstance(default, int):
+        return min(default, most)
+    return list(dict.fromkeys(min(size, most) for size in default))
 
 
 def _shown(value: Any) -> str:

@@ -9,9 +9,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
@@ -19,6 +17,7 @@ from keyformer.evaluation.data import TASKS, Item, load_items, sample
 from keyformer.evaluation.measures import OnItems, Rouge
 from keyformer.evaluation.processes import is_main
 from keyformer.evaluation.results import (
+    check_record,
     check_writable,
     record,
     write_json,
@@ -38,6 +37,9 @@ from keyformer.evaluation.sweep import (
     sources,
     summarize,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[3]
 BUNDLED = {
@@ -92,12 +94,16 @@ class Study:
         self.argv = sys.argv[1:] if argv is None else argv
         parser = flag.Parser(prog=f"{name}.py", description=description)
         parser.add_argument("--model_path", nargs="+", help="default: the bundled models")
-        parser.add_argument("--n_obs", type=int, help="items, drawn at random (default: all)")
-        parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the noise")
+        parser.add_argument(
+            "--n_obs", type=flag.whole(1), help="items, drawn at random (default: all)"
+        )
+        parser.add_argument(
+            "--seeds", nargs="+", type=flag.SEED, default=[0, 1, 2], help="of the noise"
+        )
         parser.add_argument("--device", help="default: a GPU for each process, or the CPU")
         parser.add_argument("--dtype", default="float32")
-        parser.add_argument("--bs", type=int, default=8, help="batch size")
-        parser.add_argument("--out", type=Path, help="default: paper/results")
+        parser.add_argument("--bs", type=flag.whole(1), default=8, help="batch size")
+        parser.add_argument("--out", type=Path, help="default: paper/results/local, or quick")
         flag.store_flags(parser, None)
         parser.add_argument(
             "--quick",
@@ -108,10 +114,6 @@ class Study:
             _generation_flags(parser)
         more_flags(parser)
         flags = parser.parse_args(self.argv)
-        for option in ("bs", "beam", "max_new_tokens"):
-            value = getattr(flags, option, None)
-            if value is not None and value < 1:
-                raise InputError(f"--{option} must be at least 1, got {value}")
         bundled = [str(ROOT / "models" / model) for model in MODELS]
         if flags.quick:
             bundled, flags.seeds = bundled[:1], flags.seeds[:1]
@@ -119,11 +121,16 @@ class Study:
             if generates:
                 flags.max_new_tokens = flags.max_new_tokens or QUICK["max_new_tokens"]
         flags.model_path = flags.model_path or bundled
-        flags.out = flags.out or ROOT / "paper" / "results" / ("quick" if flags.quick else "")
+        flags.out = flags.out or ROOT / "paper" / "results" / ("quick" if flags.quick else "local")
         flags.store = flags.store or flags.out / "measured.sqlite"
         self.flags = flags
         self.found: list[Found] = []
-        check_writable(self._file("json"))
+        check_writable(flags.out, folder=True)
+        # A study may have parts, each with files of its own.
+        parts = {path.stem.removeprefix(name) for path in flags.out.glob(f"{name}[a-z].*")}
+        for part in ("", *sorted(parts)):
+            written, *files = (self._file(kind, part) for kind in ("json", "csv", "png", "svg"))
+            check_record(written, *files, script=f"{name}.py")
         self.items = self._load(items) if generates else {}
 
     def _load(self, items: Callable[[str], list[Item]] | None) -> dict[str, list[Item]]:
@@ -292,8 +299,8 @@ def _generation_flags(parser: flag.Parser) -> None:
     parser.add_argument(
         "--dataset_path", nargs="+", type=Path, help="one a task (default: the bundled ones)"
     )
-    parser.add_argument("--beam", type=int, default=1, help="beams; the paper's runs use 4")
-    parser.add_argument("--max_new_tokens", type=int, help="default: the task's")
+    parser.add_argument("--beam", type=flag.WIDTH, default=1, help="beams; the paper's runs use 4")
+    parser.add_argument("--max_new_tokens", type=flag.whole(1), help="default: the task's")
 
 
 def run_study(main: Callable[[Sequence[str] | None], Steps]) -> None:
