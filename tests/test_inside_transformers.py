@@ -451,6 +451,76 @@ def test_a12_models_of_transformers_that_are_none_of_these(kind: str) -> None:
         assert torch.allclose(model(tokens).logits, stock(tokens).logits, atol=1e-4)
 
 
+SMALL = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+BOTH_WAYS = (
+    *("bert", "bert-generation", "roberta", "roberta-prelayernorm", "xlm-roberta"),
+    *("xlm-roberta-xl", "camembert", "electra", "ernie", "data2vec-text", "roc_bert"),
+)
+
+
+def small_of(kind: str, **changes: Any) -> PreTrainedModel:
+    """A random model of a type that nobody has tested, its logits well apart."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SMALL, **changes})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("doge", {"keep_window_size": 4}, "its own attention mask"),
+        ("doge", {}, "its own attention mask"),
+        ("moshi", {"ffn_dim": 64}, "other logits than transformers' own"),
+        *((kind, {}, "attend to later ones, unless is_decoder") for kind in BOTH_WAYS),
+    ],
+)
+def test_models_that_compute_otherwise_are_refused(kind: str, changes, reason: str) -> None:
+    """Masks that are more than masks, tokens that see later ones, windows that are none."""
+    model = small_of(kind, **changes)
+    before, stock = dict(vars(model.config)), type(model)
+    with pytest.raises(InputError, match=reason) as error:
+        enable(model, FULL)
+    one_line(error)
+    assert type(model) is stock and vars(model.config) == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["biogpt", "starcoder2", *BOTH_WAYS])
+def test_untested_models_equal_stock(text, kind: str) -> None:
+    """Left padding without position_ids, and then a masked past, beyond the window if there is."""
+    changes = {"is_decoder": True} if kind in BOTH_WAYS else {}
+    changes |= {"sliding_window": 9} if kind == "starcoder2" else {}
+    stock = small_of(kind, **changes)
+    model = enable(copy.deepcopy(stock), FULL)
+    assert vars(model.config) == vars(stock.config)
+    mask = torch.ones_like(text)
+    mask[0, :6] = 0
+    expected = stock(text, attention_mask=mask).logits
+    got = model(text, attention_mask=mask).logits
+    assert torch.allclose(got[mask.bool()], expected[mask.bool()], atol=2e-4)
+    expected = chat(stock, DynamicCache(config=stock.config), text)
+    got = chat(model, KeyformerCache(model.config, FULL), text)
+    assert torch.allclose(got, expected, atol=2e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "bloom", "cerebras"])
+def test_windows_that_a_model_does_not_know_are_none(name: str, text) -> None:
+    """What is left over in a config.json from another model changes nothing."""
+    stock = small(name)
+    stock.config.sliding_window = 5
+    model = enable(copy.deepcopy(stock), FULL)
+    assert torch.allclose(model(text).logits, stock(text).logits, atol=2e-4)
+
+
 @torch.no_grad()
 def test_a16_use_cache_is_kept(stock, text) -> None:
     """What the user has set counts for forward calls; generate uses a cache unless told not to."""

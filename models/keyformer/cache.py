@@ -519,7 +519,8 @@ class KeyformerLayer(CacheLayerMixin):
 def model_windows(model_config: PreTrainedConfig) -> list[int | None]:
     """The tokens that a query of each layer sees, itself included; None where it sees all."""
     config = model_config.get_text_config(decoder=True)
-    window = getattr(config, "sliding_window", None)
+    is_field = hasattr(type(config), "sliding_window")  # not just left over in a config.json
+    window = config.sliding_window if is_field else None
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return [window] * config.num_hidden_layers

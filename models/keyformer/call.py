@@ -22,6 +22,8 @@ class Call:
         The model's ``past_key_values``.
     real
         (batch, tokens) bool: which of the new columns are tokens, False for padding.
+    mask
+        The same as the layers are given it, (batch, 1, 1, tokens).
     output_attentions
         Whether the layers' weights are asked for.
     rotation
@@ -32,6 +34,7 @@ class Call:
 
     cache: KeyformerCache
     real: Tensor
+    mask: Tensor
     output_attentions: bool = False
     rotation: Any = None
     handed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,7 +36,7 @@ from keyformer.config import InputError, KeyformerConfig
 from keyformer.interface import make_patches, switch_attention, switch_back
 from keyformer.modeling import KeyformerGenerationMixin, patch, unpatch
 from keyformer.quantize import quantization_config, quantize_transposed
-from keyformer.served import TESTED, check_config, check_model, try_out
+from keyformer.served import TESTED, check_config, check_model, check_outputs, try_out
 
 PACKAGES = {
     "mpt": "mpt_keyformer",
@@ -186,15 +187,19 @@ def _make_evict(model: PreTrainedModel) -> None:
             raise InputError(f"a {type(model).__name__} does not generate text")
         patch(model, patches)
         return
-    layers = check_model(model)
+    layers, config = check_model(model), model.config
+    is_tried = kind not in TESTED and model.device.type != "meta"
+    expected = try_out(model, lambda: DynamicCache(config=config)) if is_tried else None
     patch(model, make_patches(model))
     switch_attention(model, layers)
-    if kind not in TESTED:
-        try:
-            try_out(model, KeyformerCache(model.config, KeyformerConfig.preset("full")))
-        except InputError:
-            disable_keyformer(model)
-            raise
+    if expected is None:
+        return
+    try:
+        full = KeyformerConfig.preset("full")
+        check_outputs(model, expected, try_out(model, lambda: KeyformerCache(config, full)))
+    except InputError:
+        disable_keyformer(model)
+        raise
 
 
 def disable_keyformer(model: Model) -> Model:

@@ -54,7 +54,7 @@ def attention_forward(
         (batch, heads or kv_heads, tokens, head_dim) of the new tokens, rotated where the
         model rotates.
     attention_mask
-        Not looked at: the cache knows what may be seen.
+        That which the model was given; the cache knows what may be seen.
 
     Returns
     -------
@@ -68,7 +68,9 @@ def attention_forward(
     """
     call = CALL.get()
     assert call is not None  # see LayerConfig
-    served.check_attention(module, call, key, value, dropout, sliding_window, kwargs)
+    served.check_attention(
+        module, call, key, value, attention_mask, dropout, sliding_window, kwargs
+    )
     query, key, rotary = unrotated(module, query, key)
     output, weights = attend(
         module.layer_idx,  # type: ignore[arg-type]

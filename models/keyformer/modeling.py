@@ -256,8 +256,7 @@ class KeyformerModelMixin(Patched):
     @property
     def _counts_tokens(self) -> bool:
         """Whether without position_ids the model counts what the mask shows, as OPT does."""
-        table = getattr(self, "embed_positions", None)
-        return table is not None and "attention_mask" in _argument_names(type(table))
+        return self.config.model_type == "opt"
 
     def _forward_at(
         self,
@@ -267,9 +266,13 @@ class KeyformerModelMixin(Patched):
         inputs: dict[str, Any],
     ) -> Any:
         """The base model's forward, its layers' attention through the cache."""
+        # transformers hands a mask of four dimensions through as it is, and so builds none of
+        # n x n entries.
+        mask = real[:, None, None]
         call = Call(
             cache,
             real,
+            mask,
             output_attentions=served.outputs_attentions(self, inputs),
             rotation=self._rotation(cache, position_ids),
         )
@@ -277,11 +280,7 @@ class KeyformerModelMixin(Patched):
             inputs = {**inputs, "position_ids": position_ids}
         running = CALL.set(call)
         try:
-            # transformers hands a mask of four dimensions through as it is, and so builds none of
-            # n x n entries.
-            output = super().forward(  # type: ignore[misc]
-                attention_mask=real[:, None, None], **inputs
-            )
+            output = super().forward(attention_mask=mask, **inputs)  # type: ignore[misc]
         finally:
             CALL.reset(running)
         served.check_layers(self, cache)  # type: ignore[arg-type]

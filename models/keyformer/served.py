@@ -5,12 +5,13 @@ Everything that Keyformer refuses of a model or of a call is refused here, in on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from keyformer.config import InputError
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 NOT_THROUGH_INTERFACE = (
     "not all of its layers have an attention that goes through transformers' attention interface"
 )
+ATTENDS_BOTH_WAYS = "its tokens attend to later ones"
+ALWAYS_DECODES = ("gpt_neox", "gpt_neox_japanese")
+"""Models that have an ``is_decoder`` in their configuration and do not look at it."""
+
 SERVED_LAYERS = ("full_attention", "sliding_attention")
 MOVABLE = (
     *("llama", "qwen2", "qwen3", "mistral", "phi3"),
@@ -39,6 +44,9 @@ OTHER_INPUTS = ("encoder_hidden_states", "encoder_attention_mask", "head_mask")
 
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 """What configurations call the dropout of attention's weights."""
+
+NARROW = 8
+"""The width of a window where a model is tried out."""
 
 HARMLESS = ("position_ids", "cache_position", "position_embeddings", "token_type_ids")
 """Tensors that layers pass on to their attention and that do not change it."""
@@ -68,7 +76,9 @@ def check_config(config: PreTrainedConfig) -> None:
     elif getattr(config, "use_bidirectional_attention", False) or not getattr(
         config, "is_causal", True
     ):
-        reason = "its tokens attend to later ones"
+        reason = ATTENDS_BOTH_WAYS
+    elif config.model_type not in ALWAYS_DECODES and not getattr(config, "is_decoder", True):
+        reason = f"{ATTENDS_BOTH_WAYS}, unless is_decoder is set"
     elif kinds:
         reason = (
             "it has layers that are neither full nor sliding-window attention, such as state-space"
@@ -99,6 +109,8 @@ def check_model(model: PreTrainedModel) -> list[nn.Module]:
         raise unsupported(name, NOT_THROUGH_INTERFACE)
     if not all(getattr(m, "config", None) is config for m in found):
         raise unsupported(name, NOT_THROUGH_INTERFACE)
+    if not all(getattr(m, "is_causal", True) for m in found):
+        raise unsupported(name, ATTENDS_BOTH_WAYS)
     return found
 
 
@@ -216,6 +228,7 @@ def check_attention(
     call: Call,
     key: Tensor,
     value: Tensor,
+    mask: Tensor | None,
     dropout: float,
     sliding_window: int | None,
     others: dict[str, Any],
@@ -226,6 +239,8 @@ def check_attention(
     ----------
     key, value
         What it hands over, which must be what it gave the cache.
+    mask
+        The attention mask that it hands over, which must be the one that the model was given.
     others
         Its further keyword arguments.
     """
@@ -234,6 +249,8 @@ def check_attention(
     handed = call.handed.pop(layer, None)
     if handed is None or handed[0] is not key or handed[1] is not value:
         raise unsupported(name, "it attends to other keys and values than it gives the cache")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != call.mask.shape):
+        raise unsupported(name, "it makes its own attention mask")
     if dropout:
         raise InputError(
             f"attention dropout {dropout} cannot be combined with a KeyformerCache: call"
@@ -289,28 +306,84 @@ def _kinds(rope_type: Any) -> Iterable[str]:
 
 
 @torch.no_grad()
-def try_out(model: PreTrainedModel, cache: KeyformerCache) -> None:
-    """Feed a model that nobody has tested a few tokens.
+def try_out(model: PreTrainedModel, make_cache: Callable[[], Cache]) -> Tensor:
+    """Feed a model that nobody has tested a few tokens, with padding and then a masked past.
+
+    Parameters
+    ----------
+    make_cache
+        Gives the cache to feed; called where windows are narrow, so that the text goes beyond.
+
+    Returns
+    -------
+    Tensor
+        (2 forwards, 2 sequences, tokens, hidden_size): the decoder's outputs for the last tokens.
 
     Raises
     ------
     InputError
-        If its layers hand their attention something else than a cache takes.
+        If the tokens cannot be fed, as where its layers hand their attention something else than
+        a cache takes.
     """
-    if model.device.type == "meta":
-        return
-    name = type(model).__name__
     trained = [module for module in model.modules() if module.training]
     model.eval()
+    vocabulary, padding = model.config.vocab_size, getattr(model.config, "pad_token_id", None)
+    ids = torch.arange(6 * NARROW, device=model.device).view(2, -1) % vocabulary
+    if padding is not None:  # some models tell by the token that it has no place
+        ids = torch.where(ids == padding, (ids + 1) % vocabulary, ids)
+    mask = torch.ones_like(ids)
+    mask[0, : NARROW // 2] = 0
+    outputs = []
     try:
-        for tokens in (3, 1):
-            ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
-            model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+        with _narrow_windows(model):
+            cache = make_cache()
+            for start, end in ((0, 2 * NARROW), (2 * NARROW, 3 * NARROW)):
+                output = model.get_decoder()(
+                    input_ids=ids[:, start:end],
+                    attention_mask=mask[:, :end],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                outputs.append(output.last_hidden_state[:, -NARROW:])
+                mask[1, NARROW : 2 * NARROW] = 0
     except InputError:
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise unsupported(name, f"a first token could not be fed: {reason}") from error
+        raise unsupported(
+            type(model).__name__, f"a first token could not be fed: {reason}"
+        ) from error
     finally:
         for module in trained:
             module.training = True
+    return torch.stack(outputs).float()
+
+
+def check_outputs(model: PreTrainedModel, expected: Tensor, got: Tensor) -> None:
+    """Compare what :func:`try_out` gave with transformers' own cache and with a KeyformerCache.
+
+    A few tokens may differ by more than rounding, as where experts are chosen by a hair.
+
+    Raises
+    ------
+    InputError
+        If most of a sequence's tokens do.
+    """
+    apart = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
+    if (most := float(apart.median(dim=-1).values.max())) > torch.finfo(model.dtype).eps ** 0.5:
+        reason = "with a KeyformerCache it gives other logits than transformers' own"
+        raise unsupported(type(model).__name__, f"{reason} ({most:.1g} apart)")
+
+
+@contextmanager
+def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Within, no window of the model is wider than NARROW."""
+    wide = [(one, vars(one).get("sliding_window")) for one in (model.config, *model.modules())]
+    wide = [(one, window) for one, window in wide if (window or 0) > NARROW]
+    try:
+        for one, _ in wide:
+            one.sliding_window = NARROW
+        yield
+    finally:
+        for one, window in wide:
+            one.sliding_window = window
