@@ -88,6 +88,29 @@ def test_a1_a_layer_that_no_longer_reaches_the_cache_is_refused(text) -> None:
     one_line(error)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("at", [0, 1])
+def test_interrupted_forwards_leave_no_cache_to_go_on_with(name, text, chunk, at: int) -> None:
+    """Layers would hold different texts; once reset it is as a new one."""
+    model = enable(small(name), KeyformerConfig.preset("full", prefill_chunk=chunk))
+    cache = KeyformerCache(model.config, model.get_decoder().keyformer_config)
+    expected = model(text[:, :12], past_key_values=cache).logits
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    cache.layers[at].attend = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        model(text[:, 12:], past_key_values=cache)
+    del cache.layers[at].attend
+    with pytest.raises(InputError, match="reset the cache") as error:
+        model(text[:, 12:], past_key_values=cache)
+    one_line(error)
+    cache.reset()
+    assert torch.equal(model(text[:, :12], past_key_values=cache).logits, expected)
+
+
 def chat(model: PreTrainedModel, cache: Any, text: Tensor) -> Tensor:
     """A batched chat: row 1's reply ended early, and turn 2 masks what followed it."""
     mask = torch.ones(2, 24, dtype=torch.int64)

@@ -611,6 +611,8 @@ class KeyformerCache(Cache):
         What ``generate`` was asked for; T of Eq. 10 unless the config has its own.
     observer
         If set, called after each layer's attention with its weights.
+    halfway
+        Whether a forward has begun that has not ended: its layers then hold different texts.
     replays, graph
         Whether decode steps can be replayed, and the one captured: see keyformer.replay.
     """
@@ -652,6 +654,7 @@ class KeyformerCache(Cache):
         self.max_new_tokens: int | None = None
         self.max_length: int | None = None
         self.observer: Observer | None = None
+        self.halfway = False
         self.replays = False
         self.graph: Any = None
 
@@ -734,6 +737,7 @@ class KeyformerCache(Cache):
     def _begin(self, query: Tensor, real: Tensor) -> None:
         """Count new tokens in; reserve slots for what follows a prompt if kernels attend."""
         tokens = real.shape[1]
+        self.halfway = True
         if self.columns.length == self.text.length:
             self.columns.take(real, real)
         if not self.text.length:
@@ -765,6 +769,7 @@ class KeyformerCache(Cache):
 
     def count_step(self) -> None:
         """Count a token that a replayed step is going to take in; its column is counted."""
+        self.halfway = True
         for text in self.texts:
             text.advance(1)
         for layer in self.layers:
@@ -872,7 +877,8 @@ class KeyformerCache(Cache):
         self.columns.reset()
         for text in self.texts:
             text.reset()
-        self.replays, self.graph, self.sequences = False, None, None
+        self.halfway = self.replays = False
+        self.graph = self.sequences = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give beam i the slots of beam ``beam_idx[i]``, positions and scores with them."""

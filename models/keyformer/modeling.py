@@ -186,8 +186,11 @@ class KeyformerModelMixin(Patched):
         chunk = cache.config.prefill_chunk
         if chunk is None or chunk >= real.shape[1]:
             position_ids = self._counted_on(cache, real) if told is None else told
-            return self._forward_at(cache, position_ids, real, inputs)
-        return self._forward_in_chunks(chunk, cache, told, real, inputs)
+            output = self._forward_at(cache, position_ids, real, inputs)
+        else:
+            output = self._forward_in_chunks(chunk, cache, told, real, inputs)
+        cache.halfway = False
+        return output
 
     def _cache_for(self, inputs: dict[str, Any]) -> KeyformerCache | None:
         """The cache of a call, a new one if it is due; None if there is to be none of this kind."""

@@ -86,6 +86,7 @@ def _captured(
         reason = str(error).strip().splitlines()[0]
         warnings.warn(f"decode steps are run, not replayed: {reason}", stacklevel=2)
         cache.replays = False
+        cache.halfway = False
         for text, (length, step) in zip(cache.texts, before, strict=True):
             text.length, text.step = length, step
         for layer in cache.layers:
@@ -145,6 +146,7 @@ class DecodeGraph:
             self.inputs[name].copy_(tensor)
         cache.set_temperature()
         self.graph.replay()
+        cache.halfway = False
         return self.output_type(logits=self.logits.clone(), past_key_values=cache)
 
 

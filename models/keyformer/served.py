@@ -138,6 +138,8 @@ def check_call(model: Any, cache: KeyformerCache, inputs: dict[str, Any]) -> Non
             f"attention_mask must be (batch, tokens) where a KeyformerCache is used, got {got};"
             " other masks are for calls with use_cache=False"
         )
+    if cache.halfway:
+        raise InputError("a forward through this cache was interrupted or failed: reset the cache")
     if text.length and len(text.seen) != len(tokens):
         raise InputError(f"the cache holds {len(text.seen)} sequences and {len(tokens)} were given")
     for name in OTHER_INPUTS:
