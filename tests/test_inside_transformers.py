@@ -288,6 +288,32 @@ def test_a6_dropout_is_applied_in_training(name: str, rates, text) -> None:
 
 
 @torch.no_grad()
+def test_dropout_counts_by_the_modules_own_mode(name, text) -> None:
+    """Switched on alone, as for Monte Carlo dropout, and off alone in a model that trains."""
+    stock = small(name)
+    for module in stock.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    model = enable(copy.deepcopy(stock), FULL)
+    for drops in (True, False):
+        logits = []
+        for one in (model, stock):
+            for module in one.modules():
+                module.training = isinstance(module, nn.Dropout) == drops
+            cache = KeyformerCache(model.config, FULL) if one is model else None
+            torch.manual_seed(5)
+            # Of GPT-2's attention it is the layer's mode that counts.
+            if one is model and name in (("gptj", "bloom") if drops else ("cerebras",)):
+                with pytest.raises(InputError, match="attention dropout") as error:
+                    one(text, past_key_values=cache)
+                one_line(error)
+                break
+            logits.append(one(text, past_key_values=cache).logits)
+        else:
+            assert torch.allclose(*logits, atol=2e-4)
+
+
+@torch.no_grad()
 def test_a7_prompt_lookup_under_full(stock, name, text) -> None:
     """But for layers with a window, which have let tokens go: there it is refused at once."""
     options = {"max_new_tokens": 12, "prompt_lookup_num_tokens": 3, "do_sample": False}

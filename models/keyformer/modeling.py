@@ -35,6 +35,7 @@ def attend(
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     rotary: Rotary | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a layer, through the cache of the forward that is running.
 
@@ -45,6 +46,8 @@ def attend(
         is to.
     scale, alibi_slopes, softcap, rotary
         See :meth:`keyformer.cache.KeyformerLayer.attend`.
+    dropout
+        The rate at which transformers' layer would drop weights now: there must be none.
 
     Returns
     -------
@@ -54,6 +57,7 @@ def attend(
     """
     call = CALL.get()
     assert call is not None, "there is no forward of a patched model"
+    served.check_dropout(dropout)
     attended = call.cache.attend(
         query,
         key,
@@ -68,6 +72,11 @@ def attend(
     )
     weights = call.cache.by_column(layer_idx, attended) if call.output_attentions else None
     return attended.output.transpose(1, 2).flatten(2), weights
+
+
+def dropout_rate(module: nn.Dropout) -> float:
+    """The rate at which a module drops now."""
+    return module.p if module.training else 0.0
 
 
 class Patched:
@@ -206,11 +215,6 @@ class KeyformerModelMixin(Patched):
         if self.config.use_cache if use_cache is None else use_cache:
             return KeyformerCache(self.config, self.keyformer_config)
         return None
-
-    @property
-    def attention_dropout_rate(self) -> float:
-        """The rate at which the layers drop weights in training."""
-        return served.attention_dropout(self.config)
 
     def _place_for_alibi(self, cache: KeyformerCache, real: Tensor) -> None:
         """Tell where ALiBi puts each column, if that is not its token's position."""

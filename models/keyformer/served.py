@@ -42,9 +42,6 @@ UNSTEADY = ("dynamic", "longrope")
 OTHER_INPUTS = ("encoder_hidden_states", "encoder_attention_mask", "head_mask")
 """Arguments of transformers' models that change what attention sees, and a cache does not know."""
 
-DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
-"""What configurations call the dropout of attention's weights."""
-
 NARROW = 8
 """The width of a window where a model is tried out."""
 
@@ -147,12 +144,6 @@ def check_call(model: Any, cache: KeyformerCache, inputs: dict[str, Any]) -> Non
             raise InputError(f"{name} cannot be combined with a KeyformerCache")
     if inputs.get("is_causal", True) is False:
         raise InputError("is_causal=False cannot be combined with a KeyformerCache")
-    dropout = model.attention_dropout_rate
-    if model.training and dropout:
-        raise InputError(
-            f"attention dropout {dropout} cannot be combined with a KeyformerCache: call"
-            " model.eval(), set it to 0, or train with use_cache=False"
-        )
     if model.training and model.is_gradient_checkpointing:
         raise InputError(
             "gradient checkpointing cannot be combined with a KeyformerCache: layers that are run"
@@ -253,11 +244,7 @@ def check_attention(
         raise unsupported(name, "it attends to other keys and values than it gives the cache")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != call.mask.shape):
         raise unsupported(name, "it makes its own attention mask")
-    if dropout:
-        raise InputError(
-            f"attention dropout {dropout} cannot be combined with a KeyformerCache: call"
-            " model.eval() or set it to 0"
-        )
+    check_dropout(dropout)
     if sliding_window is not None and sliding_window != call.cache.layers[layer].window:
         raise unsupported(name, f"layer {layer} has a window that its configuration does not name")
     for other, given in others.items():
@@ -289,13 +276,13 @@ def outputs_attentions(model: Any, inputs: dict[str, Any]) -> bool:
     return bool(model.config.output_attentions if given is None else given)
 
 
-def attention_dropout(config: PreTrainedConfig) -> float:
-    """The rate at which attention drops weights in training, whatever it is called."""
-    for of in (config, getattr(config, "attn_config", None)):
-        for name in DROPOUTS:
-            if rate := getattr(of, name, 0.0):
-                return rate
-    return 0.0
+def check_dropout(rate: float) -> None:
+    """Refuse an attention that drops weights now, at a rate other than 0."""
+    if rate:
+        raise InputError(
+            f"attention dropout {rate} cannot be combined with a KeyformerCache: call"
+            " model.eval(), set it to 0, or train with use_cache=False"
+        )
 
 
 def unsupported(what: str, reason: str) -> InputError:

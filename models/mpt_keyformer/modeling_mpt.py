@@ -62,7 +62,13 @@ class MptKeyformerAttention(MptAttention):
         joined = joined.view(batch, tokens, 3, self.n_heads, self.head_dim)
         query, key, value = joined.permute(2, 0, 3, 1, 4)
         output, weights = attend(
-            self.layer_idx, query, key, value, scale=self.softmax_scale, alibi_slopes=position_bias
+            self.layer_idx,
+            query,
+            key,
+            value,
+            scale=self.softmax_scale,
+            alibi_slopes=position_bias,
+            dropout=self.attn_dropout_p if self.training else 0.0,
         )
         return self.out_proj(output), weights
 
