@@ -572,17 +572,40 @@ def test_windows_that_a_model_does_not_know_are_none(name: str, text) -> None:
 
 @torch.no_grad()
 def test_a16_use_cache_is_kept(stock, text) -> None:
-    """What the user has set counts for forward calls; generate uses a cache unless told not to."""
+    """What the user has set counts; what the checkpoint's files say, for forward calls alone."""
     model = copy.deepcopy(stock)
-    model.config.use_cache = False
+    model.config.use_cache = model.generation_config.use_cache = False
     enable(model, HALF)
     assert model.config.use_cache is False
     assert model(text).past_key_values is None
     output = model.generate(text, max_new_tokens=2, return_dict_in_generate=True)
     assert isinstance(output.past_key_values, KeyformerCache)
     options = {"max_new_tokens": 6, "use_cache": False}
-    assert torch.equal(model.generate(text, **options), stock.generate(text, **options))
+    expected = stock.generate(text, **options)
+    assert torch.equal(model.generate(text, **options), expected)
+    for where in ("the call", "the model"):
+        asked = copy.deepcopy(stock.generation_config)
+        asked.update(**options, return_dict_in_generate=True)
+        if where == "the model":
+            enable(model, HALF).generation_config = asked
+        output = model.generate(text, asked if where == "the call" else None)
+        assert output.past_key_values is None and torch.equal(output.sequences, expected)
     assert disable_keyformer(model).config.use_cache is False
+    assert model.generation_config.use_cache is False
+
+
+@pytest.mark.parametrize("name", ["llama", "mpt"])
+def test_continuous_batching_is_refused_where_it_would_not_evict(stock, text, name) -> None:
+    model = enable(copy.deepcopy(stock), HALF)
+    for begin in (
+        model.init_continuous_batching,
+        lambda: model.generate_batch(text.tolist(), max_new_tokens=2),
+        lambda: model.continuous_batching_context_manager().__enter__(),
+    ):
+        with pytest.raises(InputError, match="continuous batching") as error:
+            begin()
+        one_line(error)
+    assert enable(model, FULL).init_continuous_batching() is not None
 
 
 @torch.no_grad()

@@ -156,7 +156,8 @@ def enable_keyformer(model: Model, config: KeyformerConfig | None = None) -> Mod
 
     The model is changed in place and returned: some of its modules get a subclass of their
     class, its attention layers another function to call. Weights stay as they are, and
-    :func:`disable_keyformer` takes everything back.
+    :func:`disable_keyformer` takes everything back. Where ``generation_config.use_cache`` is off,
+    as in MPT's checkpoints, it is turned on; set it afterwards to generate without a cache.
 
     Parameters
     ----------
@@ -173,6 +174,7 @@ def enable_keyformer(model: Model, config: KeyformerConfig | None = None) -> Mod
     inner = _unwrapped(model)
     if not _evicts(inner):
         _make_evict(inner)
+        _use_cache(inner)
     inner.get_decoder().keyformer_config = config or KeyformerConfig()
     return model
 
@@ -202,6 +204,16 @@ def _make_evict(model: PreTrainedModel) -> None:
         raise
 
 
+def _use_cache(model: PreTrainedModel) -> None:
+    """Let ``generate`` use a cache though the checkpoint's files say otherwise, as MPT's do.
+
+    What is set from now on counts.
+    """
+    if model.generation_config.use_cache is False:
+        model.generation_config.use_cache = True
+        model.keyformer_turned_cache_on = True
+
+
 def disable_keyformer(model: Model) -> Model:
     """Undo :func:`enable_keyformer`: the model is transformers' own again, as it was before.
 
@@ -211,6 +223,8 @@ def disable_keyformer(model: Model) -> Model:
     if not _evicts(inner):
         return model
     vars(inner.get_decoder()).pop("keyformer_config", None)
+    if vars(inner).pop("keyformer_turned_cache_on", False):
+        inner.generation_config.use_cache = False
     unpatch(inner)
     switch_back(inner)
     return model

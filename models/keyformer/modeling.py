@@ -370,9 +370,7 @@ class KeyformerModelMixin(Patched):
 class KeyformerGenerationMixin(Patched):
     """Placed before a ...ForCausalLM: ``generate`` works on a KeyformerCache.
 
-    It does so whatever ``use_cache`` is in the configuration: MPT's checkpoints turn it off, and
-    there is nothing to evict without a cache. Where ``generate`` itself is given
-    ``use_cache=False`` it is transformers' own.
+    Where ``use_cache`` is False it is transformers' own.
     """
 
     config: Any
@@ -395,16 +393,16 @@ class KeyformerGenerationMixin(Patched):
         finally:
             LAST_OUTPUTS.reset(last)
 
-    def _prepare_generation_config(
-        self, generation_config: Any, **kwargs: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        """transformers' own, with a cache unless the call itself asks for none."""
-        given = kwargs.get("use_cache")  # a checkpoint's generation_config may repeat its config
-        prepared, model_kwargs = super()._prepare_generation_config(  # type: ignore[misc]
-            generation_config, **kwargs
-        )
-        prepared.use_cache = given is not False
-        return prepared, model_kwargs
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, which ``generate_batch`` begins with, where nothing is to be evicted.
+
+        Raises
+        ------
+        InputError
+            If the model's method evicts.
+        """
+        served.check_paged(self.get_decoder().keyformer_config)
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from keyformer.config import InputError
+from keyformer.config import InputError, KeyformerConfig
 
 if TYPE_CHECKING:
     from keyformer.cache import KeyformerCache
@@ -213,6 +213,15 @@ def check_taking_back(cache: KeyformerCache, length: int) -> None:
         raise InputError(
             "assisted decoding takes tokens back, which a cache that evicts cannot: it needs the"
             f" method full, or a kv_budget of at least {length}, and layers without a window"
+        )
+
+
+def check_paged(config: KeyformerConfig) -> None:
+    """Refuse continuous batching, whose caches are transformers' own, where tokens are evicted."""
+    if not config.never_evicts:
+        raise InputError(
+            "continuous batching takes paged caches of transformers' own, which never evict: use"
+            " generate, the method full, or disable_keyformer"
         )
 
 
