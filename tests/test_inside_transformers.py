@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -398,6 +400,20 @@ def test_a10_pickled(name, text, how: str) -> None:
         disable_keyformer(again).generate(text, max_new_tokens=8),
         stock.generate(text, max_new_tokens=8),
     )
+
+
+def test_loaded_in_a_fresh_interpreter(tmp_path, text) -> None:
+    """Where nobody but the pickle imports this project."""
+    model = enable(small("llama"), HALF)
+    torch.save((model, text, model.generate(text, max_new_tokens=4)), tmp_path / "model.pt")
+    code = """if True:
+        import sys, torch
+        model, text, expected = torch.load(sys.argv[1], weights_only=False)
+        assert torch.equal(model.generate(text, max_new_tokens=4), expected)
+    """
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a11_saved_under_the_stock_models_name(stock, tmp_path) -> None:

@@ -84,6 +84,10 @@ def attention_forward(
     return output.unflatten(-1, (query.shape[1], -1)), weights
 
 
+# Here, as a model that is unpickled calls nothing else of this file.
+AttentionInterface.register(NAME, attention_forward)
+
+
 def unrotated(
     module: nn.Module, query: Tensor, key: Tensor
 ) -> tuple[Tensor, Tensor, Rotary | None]:
@@ -187,7 +191,6 @@ def make_patches(model: PreTrainedModel) -> Patches:
 
 def switch_attention(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
     """Let attention layers call :func:`attention_forward`, whatever the model is set to later."""
-    AttentionInterface.register(NAME, attention_forward)
     config = LayerConfig(model.config)
     for layer in layers:
         layer.config = config  # type: ignore[assignment]
