@@ -369,6 +369,52 @@ def test_a8_weights_of_an_evicting_method_are_by_column(text, dtype) -> None:
             assert not step or (weights > 0).sum(-1).max() <= 13
 
 
+def through(model: PreTrainedModel, cache: Any, text: Tensor) -> list[Tensor]:
+    """Logits of a prompt, a step, several tokens and a step, on one cache."""
+    parts = text.split([16, 1, 6, 1], dim=1)
+    return [model(part, past_key_values=cache).logits for part in parts]
+
+
+@pytest.mark.parametrize("config", [FULL, HALF], ids=["full", "h2o"])
+@pytest.mark.parametrize("trained", ["q_proj", "k_proj", "v_proj", "q_proj v_proj", "mlp"])
+@pytest.mark.parametrize("name", ["llama", "gptj", "gemma3_text"])
+def test_gradients_of_some_weights_through_a_cache(name, stock, text, config, trained) -> None:
+    """As of an adapter on them: nothing that they need has been written over."""
+    gradients = []
+    for evicts in (False, True):
+        model = copy.deepcopy(stock)
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(any(part in key for part in trained.split()))
+        cache = DynamicCache(config=model.config)
+        if evicts:
+            cache = KeyformerCache(enable(model, config).config, config)
+        torch.cat(through(model, cache, text), dim=1).logsumexp(-1).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert gradients[0]
+    for one, other in zip(*gradients, strict=True):
+        assert one.isfinite().all() and other.isfinite().all()
+        assert config != FULL or torch.allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [FULL, HALF], ids=["full", "h2o"])
+def test_a_cache_leaves_inference_mode(name, stock, text, config) -> None:
+    """And goes on, with gradients or without, and back into it."""
+    model = enable(copy.deepcopy(stock), config)
+    expected = through(model, KeyformerCache(model.config, config), text)
+    for mode in (torch.no_grad, torch.enable_grad):
+        cache, logits = KeyformerCache(model.config, config), []
+        for number, part in enumerate(text.split([16, 1, 6, 1], dim=1)):
+            with mode() if number % 2 else torch.inference_mode():
+                logits.append(model(part, past_key_values=cache).logits)
+        for one, other in zip(logits, expected, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+    with torch.inference_mode():
+        model(text, past_key_values=(cache := KeyformerCache(model.config, config)))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    if config == FULL and name not in WINDOWED:
+        cache.crop(-3)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gptj", "cerebras"])
 def test_a9_token_type_ids(name: str, text) -> None:
