@@ -24,6 +24,8 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    MptForCausalLM,
+    MptModel,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -56,6 +58,11 @@ def stock(name) -> PreTrainedModel:
 def text() -> Tensor:
     """Two sequences of 24 tokens."""
     return torch.randint(2, 61, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers, whatever they are called."""
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList))
 
 
 def one_line(error: pytest.ExceptionInfo) -> None:
@@ -630,6 +637,145 @@ def test_windows_that_a_model_does_not_know_are_none(name: str, text) -> None:
     stock.config.sliding_window = 5
     model = enable(copy.deepcopy(stock), FULL)
     assert torch.allclose(model(text).logits, stock(text).logits, atol=2e-4)
+
+
+def called_within(layer: nn.Module, model: PreTrainedModel, *args, **kwargs) -> list[Tensor]:
+    """The logits of a call, once the layer is run."""
+    found: list[Tensor] = []
+
+    def call(*_) -> None:
+        handle.remove()
+        found.append(model(*args, **kwargs).logits)
+
+    handle = layer.register_forward_pre_hook(call)
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*NAMES, "falcon alibi"])
+def test_a_forward_within_a_forward(name, stock, text) -> None:
+    """A hook may call the model, or another one, without a cache or with one of its own."""
+    model, other = (enable(copy.deepcopy(stock), FULL) for _ in range(2))
+    short = text[:, :7]
+    expected = stock(text).logits, stock(short).logits
+    for inner in (model, other):
+        for use_cache in (False, True):
+            found = called_within(layers_of(model)[1], inner, short, use_cache=use_cache)
+            got = model(text).logits
+            assert torch.allclose(got, expected[0], atol=2e-4)
+            assert torch.allclose(found[0], expected[1], atol=2e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [2, 0.5])
+@pytest.mark.parametrize("name", [*NAMES, "falcon alibi"])
+def test_masks_of_other_values(name, stock, text, value: float) -> None:
+    """As of packed texts: one line where transformers' model counts them as they are."""
+    model = enable(copy.deepcopy(stock), FULL)
+    mask = torch.ones_like(text) * value
+    mask[0, :6] = 0
+    if name in ("opt", "bloom", "falcon alibi"):
+        with pytest.raises(InputError, match="zeros and ones") as error:
+            model(text, attention_mask=mask)
+        one_line(error)
+        if name == "opt":
+            model(text, attention_mask=mask, position_ids=torch.arange(24)[None])
+        return
+    expected, got = (one(text, attention_mask=mask).logits for one in (stock, model))
+    assert torch.allclose(got[mask > 0], expected[mask > 0], atol=2e-4)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused(text) -> None:
+    """Other windows, fewer layers, more layers."""
+    model = enable(small("llama"), FULL)
+    for other in (small("gemma2").config, LlamaConfig(num_hidden_layers=1), LlamaConfig()):
+        with pytest.raises(InputError, match="made for another model") as error:
+            model(text, past_key_values=KeyformerCache(other, FULL))
+        one_line(error)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gptj"])
+def test_places_before_the_first_are_refused(stock, text, name) -> None:
+    model = enable(copy.deepcopy(stock), FULL)
+    with pytest.raises(InputError, match="at least 0, got -1") as error:
+        model(text, position_ids=torch.arange(24)[None] - 1)
+    one_line(error)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("gptj", {"input_ids": torch.arange(24).view(2, 12), "position_ids": torch.arange(12) + 3}),
+        ("gptj", {"input_ids": torch.zeros(0, 5, dtype=torch.int64)}),
+        ("opt", {"input_ids": torch.arange(12)}),
+        ("opt", {"input_ids": torch.arange(12), "attention_mask": torch.ones(1, 12)}),
+    ],
+)
+def test_shapes_that_stock_takes(name: str, stock, inputs) -> None:
+    model = enable(copy.deepcopy(stock), FULL)
+    got, expected = model(**inputs).logits, stock(**inputs).logits
+    assert got.shape == expected.shape and torch.allclose(got, expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_generate_was_asked_for_is_forgotten(name, stock, text) -> None:
+    """A cache goes on in forward calls for as long as the table reaches."""
+    table = {"opt": "max_position_embeddings", "cerebras": "n_positions", "gptj": "n_positions"}
+    model = enable(small(name, **({table[name]: 60} if name in table else {})), FULL)
+    cache = KeyformerCache(model.config, FULL)
+    for limit in ("max_new_tokens", "max_length"):
+        options = {limit: 30, "past_key_values": cache}
+        output = model.generate(text[:, :10], return_dict_in_generate=True, **options)
+        assert output.past_key_values is cache
+        assert (cache.max_new_tokens, cache.max_length) == (None, None)
+        model(text[:, :15], past_key_values=cache)
+        cache.reset()
+    cache.max_new_tokens = 50
+    cache.reset()
+    model(text, past_key_values=cache)
+
+
+class OwnModel(MptModel):
+    """A user's, in a module of its own."""
+
+
+class OwnMpt(MptForCausalLM):
+    """The same."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.transformer = OwnModel(config)
+
+
+@torch.no_grad()
+def test_subclasses_of_patched_models(text, monkeypatch) -> None:
+    """They evict, and are given back; a module's name does not make it one of this project's."""
+    config = small("mpt").config
+    stock = OwnMpt(config).eval()
+    model = enable(copy.deepcopy(stock), FULL)
+    assert isinstance(model, OwnMpt) and type(model).__name__ == "OwnMpt"
+    assert torch.equal(model.generate(text), stock.generate(text, use_cache=True))
+    output = enable(model, HALF).generate(text, max_new_tokens=2, return_dict_in_generate=True)
+    assert output.past_key_values.layers[0].keys.shape[2] == 12
+    assert type(pickle.loads(pickle.dumps(model))) is type(model)
+    for own in (OwnMpt, OwnModel):
+        monkeypatch.setattr(own, "__module__", "my_keyformer")
+    disable_keyformer(model)
+    assert type(model) is OwnMpt and type(model.transformer) is OwnModel
+
+
+@torch.no_grad()
+def test_disabled_models_are_as_they_were(name, stock, text) -> None:
+    """Attribute for attribute, after all that a model is used for."""
+    model = copy.deepcopy(stock)
+    model.generate(text, max_new_tokens=2)
+    before = [(type(module), set(vars(module))) for module in model.modules()]
+    enable(model, HALF).generate(text, max_new_tokens=2)
+    disable_keyformer(model)
+    assert [(type(module), set(vars(module))) for module in model.modules()] == before
 
 
 @torch.no_grad()

@@ -119,6 +119,8 @@ class GPTJKeyformerFlashAttention(GPTJKeyformerAttention, GPTJFlashAttention2):
 class GPTJKeyformerModel(KeyformerModelMixin, GPTJModel):
     """The layers of GPT-J over a KeyformerCache."""
 
+    layers_look_up = True
+
     @property
     def position_table(self) -> int:
         """Sines and cosines come from a table of this many positions."""

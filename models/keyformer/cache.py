@@ -611,7 +611,8 @@ class KeyformerCache(Cache):
     sequences
         (batch,) int64, whose noise each row draws; None before the first forward.
     max_new_tokens, max_length
-        What ``generate`` was asked for; T of Eq. 10 unless the config has its own.
+        What a ``generate`` that is running was asked for, or whoever sets them will feed; T of
+        Eq. 10 unless the config has its own.
     observer
         If set, called after each layer's attention with its weights.
     halfway
@@ -886,7 +887,7 @@ class KeyformerCache(Cache):
         for text in self.texts:
             text.reset()
         self.halfway = self.replays = False
-        self.graph = self.sequences = None
+        self.graph = self.sequences = self.max_new_tokens = self.max_length = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give beam i the slots of beam ``beam_idx[i]``, positions and scores with them."""

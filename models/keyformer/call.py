@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -46,3 +48,14 @@ gradients: there, as without a cache, attention is transformers' own."""
 
 LAST_OUTPUTS: ContextVar[int | None] = ContextVar("last_outputs", default=None)
 """Of how many tokens, counted from the end, the decoder's outputs are of use; None is all."""
+
+
+@contextmanager
+def running(call: Call | None) -> Iterator[None]:
+    """Within, that is the forward that is running, whichever has called it: a hook's may."""
+    before, last = CALL.set(call), LAST_OUTPUTS.set(None)
+    try:
+        yield
+    finally:
+        CALL.reset(before)
+        LAST_OUTPUTS.reset(last)

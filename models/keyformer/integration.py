@@ -34,19 +34,16 @@ from keyformer.checkpoint import (
 )
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.interface import make_patches, switch_attention, switch_back
-from keyformer.modeling import KeyformerGenerationMixin, patch, unpatch
+from keyformer.modeling import KeyformerGenerationMixin, of_subclass, patch, unpatch
 from keyformer.quantize import quantization_config, quantize_transposed
-from keyformer.served import TESTED, check_config, check_model, check_outputs, try_out
-
-PACKAGES = {
-    "mpt": "mpt_keyformer",
-    "gptj": "gptj_keyformer",
-    "gpt2": "cerebras_keyformer",
-    "bloom": "bloom_keyformer",
-    "falcon": "falcon_keyformer",
-}
-"""By model_type, the packages with a MODEL, PATCHES and make_config: models with an attention of
-their own. All others must have one that goes through transformers' attention interface."""
+from keyformer.served import (
+    PACKAGES,
+    TESTED,
+    check_config,
+    check_model,
+    check_outputs,
+    try_out,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -184,10 +181,10 @@ def _make_evict(model: PreTrainedModel) -> None:
     kind = model.config.model_type
     if package := _package(kind):
         check_config(model.config)
-        patches = package.PATCHES
+        patches = package.PATCHES | of_subclass(type(model), package.PATCHES)
         if not issubclass(patches.get(type(model), nn.Module), KeyformerGenerationMixin):
             raise InputError(f"a {type(model).__name__} does not generate text")
-        patch(model, patches)
+        patch(model, patches | of_subclass(type(model.get_decoder()), patches))
         return
     layers, config = check_model(model), model.config
     is_tried = kind not in TESTED and model.device.type != "meta"

@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from keyformer import served
 from keyformer.attention import Rotary
 from keyformer.cache import KeyformerCache
-from keyformer.call import CALL, LAST_OUTPUTS, Call
+from keyformer.call import CALL, LAST_OUTPUTS, Call, running
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.replay import replayed
 
@@ -152,6 +152,8 @@ class KeyformerModelMixin(Patched):
         The method used where no cache is passed in.
     alibi
         What ALiBi counts: "columns" that were fed, or "tokens" that the mask shows; None without.
+    layers_look_up
+        Whether the layers look places up in a table, which has none below 0.
     layers_rotate
         Whether keys come rotated, so that they have to be turned back where places change.
     """
@@ -160,6 +162,7 @@ class KeyformerModelMixin(Patched):
     training: bool
     keyformer_config = KeyformerConfig()
     alibi: str | None = None
+    layers_look_up = False
     layers_rotate = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -181,7 +184,11 @@ class KeyformerModelMixin(Patched):
         inputs = {**dict(zip(_argument_names(type(self)), args, strict=False)), **kwargs}
         cache = self._cache_for(inputs)
         if cache is None:
-            return super().forward(**inputs)  # type: ignore[misc]
+            with running(None):
+                return super().forward(**inputs)  # type: ignore[misc]
+        for name in ("input_ids", "position_ids"):
+            if isinstance(given := inputs.get(name), Tensor) and given.ndim == 1:
+                inputs[name] = given[None]  # as some of transformers' models take them
         served.check_call(self, cache, inputs)
         inputs["past_key_values"] = cache
         tokens = served.fed(inputs)
@@ -234,7 +241,7 @@ class KeyformerModelMixin(Patched):
         """
         if cache.config.positions == "new" or not self._takes_positions:
             return None
-        if given is None and cache.config.never_evicts and self._counts_tokens:
+        if given is None and cache.config.never_evicts and self.counts_tokens:
             shown = cache.columns.all_shown(len(real), real.device)
             return (shown.cumsum(dim=-1) * shown - 1)[:, -real.shape[1] :]
         return given
@@ -261,7 +268,7 @@ class KeyformerModelMixin(Patched):
         return "position_ids" in _argument_names(type(self))
 
     @property
-    def _counts_tokens(self) -> bool:
+    def counts_tokens(self) -> bool:
         """Whether without position_ids the model counts what the mask shows, as OPT does."""
         return self.config.model_type == "opt"
 
@@ -285,11 +292,8 @@ class KeyformerModelMixin(Patched):
         )
         if position_ids is not None:
             inputs = {**inputs, "position_ids": position_ids}
-        running = CALL.set(call)
-        try:
+        with running(call):
             output = super().forward(attention_mask=mask, **inputs)  # type: ignore[misc]
-        finally:
-            CALL.reset(running)
         served.check_layers(self, cache)  # type: ignore[arg-type]
         return output
 
@@ -357,8 +361,9 @@ class KeyformerModelMixin(Patched):
         later = cache.planned(real) - real.shape[1]
         needed = cache.text.length + real.shape[1] + later
         if cache.config.positions == "original" and given is not None:
-            needed = int(given.max()) + 1 + later
-        elif needed > table and (self._counts_tokens or not cache.config.never_evicts):
+            needed = int(given.max()) + 1 + later if given.numel() else 0
+            served.check_least_place(self, given)
+        elif needed > table and (self.counts_tokens or not cache.config.never_evicts):
             needed = cache.places_needed(real)  # counting tokens waits for the device
         if needed > table:
             raise InputError(
@@ -392,6 +397,17 @@ class KeyformerGenerationMixin(Patched):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         finally:
             LAST_OUTPUTS.reset(last)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own; how much it was asked for the cache knows as long as it runs."""
+        cache = kwargs.get("past_key_values")
+        try:
+            output = super().generate(*args, **kwargs)  # type: ignore[misc]
+            cache = getattr(output, "past_key_values", cache)
+            return output
+        finally:
+            if isinstance(cache, KeyformerCache):
+                cache.max_new_tokens = cache.max_length = None
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, which ``generate_batch`` begins with, where nothing is to be evicted.
@@ -503,6 +519,15 @@ def patch(model: nn.Module, patches: Patches) -> None:
             _set_class(module, patches[type(module)])
 
 
+def of_subclass(cls: type[nn.Module], patches: Patches) -> Patches:
+    """What takes the place of a user's subclass of a class in ``patches``; nothing if it is none.
+
+    Of attention layers a subclass may compute otherwise, and is none of its class.
+    """
+    stock = next((c for c in cls.__mro__ if c in patches), cls)
+    return {} if stock is cls else {cls: mixed(cls, patches[stock])}
+
+
 def unpatch(model: nn.Module) -> None:
     """Undo :func:`patch`: every module gets back the class that its own was made from."""
     for module in model.modules():
@@ -511,7 +536,8 @@ def unpatch(model: nn.Module) -> None:
 
 def _is_ours(cls: type) -> bool:
     """Whether a class is of this package or a patched model's, or was made by :func:`mixed`."""
-    return "keyformer_mixins" in vars(cls) or cls.__module__.split(".")[0].endswith("keyformer")
+    package = cls.__module__.split(".")[0]
+    return "keyformer_mixins" in vars(cls) or package in ("keyformer", *served.PACKAGES.values())
 
 
 def _set_class(module: nn.Module, new: type[nn.Module]) -> None:

@@ -5,6 +5,7 @@ Everything that Keyformer refuses of a model or of a call is refused here, in on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,22 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
+from keyformer.cache import model_windows
 from keyformer.config import InputError, KeyformerConfig
 
 if TYPE_CHECKING:
     from keyformer.cache import KeyformerCache
     from keyformer.call import Call
+
+PACKAGES = {
+    "mpt": "mpt_keyformer",
+    "gptj": "gptj_keyformer",
+    "gpt2": "cerebras_keyformer",
+    "bloom": "bloom_keyformer",
+    "falcon": "falcon_keyformer",
+}
+"""By model_type, the packages with a MODEL, PATCHES and make_config: models with an attention of
+their own. All others must have one that goes through transformers' attention interface."""
 
 NOT_THROUGH_INTERFACE = (
     "not all of its layers have an attention that goes through transformers' attention interface"
@@ -128,6 +140,12 @@ def check_call(model: Any, cache: KeyformerCache, inputs: dict[str, Any]) -> Non
     """
     config, text = cache.config, cache.text
     tokens = fed(inputs)
+    windows, own = [layer.window for layer in cache.layers], model_windows(model.config)
+    if windows != own:
+        raise InputError(
+            f"the cache was made for another model: its layers have windows {_brief(windows)}, and"
+            f" those of this {model.config.model_type} {_brief(own)}"
+        )
     mask = inputs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -135,6 +153,14 @@ def check_call(model: Any, cache: KeyformerCache, inputs: dict[str, Any]) -> Non
             f"attention_mask must be (batch, tokens) where a KeyformerCache is used, got {got};"
             " other masks are for calls with use_cache=False"
         )
+    counts = model.counts_tokens and inputs.get("position_ids") is None
+    if mask is not None and (counts or model.alibi == "tokens") and mask.dtype != torch.bool:
+        known = cache.columns.continued_by(mask)
+        if not known and bool(((mask != 0) & (mask != 1)).any()):
+            raise InputError(
+                f"attention_mask must hold zeros and ones alone: a {model.config.model_type} of"
+                " transformers would take other values for places"
+            )
     if cache.halfway:
         raise InputError("a forward through this cache was interrupted or failed: reset the cache")
     if text.length and len(text.seen) != len(tokens):
@@ -197,6 +223,12 @@ def check_columns(cache: KeyformerCache, real: Tensor, position_ids: Tensor | No
         raise InputError(
             "position_ids that do not count up by one cannot be had with positions='new'"
         )
+
+
+def check_least_place(model: Any, position_ids: Tensor) -> None:
+    """Refuse places before the first of a model whose layers look them up, as GPT-J's do."""
+    if model.layers_look_up and bool((position_ids < 0).any()):
+        raise InputError(f"position_ids must be at least 0, got {int(position_ids.min())}")
 
 
 def check_taking_back(cache: KeyformerCache, length: int) -> None:
@@ -297,6 +329,12 @@ def check_dropout(rate: float) -> None:
 def unsupported(what: str, reason: str) -> InputError:
     """The error that refuses a model."""
     return InputError(f"{what} is not supported: {reason}")
+
+
+def _brief(windows: list[int | None]) -> str:
+    """How many layers have which window, for a message."""
+    counted = Counter("none" if window is None else str(window) for window in windows)
+    return ", ".join(f"{window} ({count})" for window, count in counted.items())
 
 
 def _kinds(rope_type: Any) -> Iterable[str]:

@@ -370,7 +370,7 @@ class Text:
         budgets = self.budget.tolist()
         windows = [self.config.recent_window(k) for k in budgets]
         self.window = torch.tensor(windows, device=real.device)
-        self.largest_budget = max(budgets)
+        self.largest_budget = max(budgets, default=1)
         self.first_prompt = real.shape[1]
         self.frozen_before = self.window_start(lengths)
         self.seen = torch.zeros_like(lengths)
