@@ -127,8 +127,8 @@ def load_model(
         )
         check_tokenizer(tokenizer, model_config.vocab_size, Path(path))
     where = {name: kwargs[name] for name in HUB if name in kwargs}
-    with reading(path, GENERATION):
-        check_generation(path, **where)
+    with reading(path, GENERATION, warns=False):
+        check_generation(path, tokenizer, model_config.vocab_size, **where)
     with reading(path, "the weights", WEIGHTS, caller=kwargs):
         check_shards(Path(path, kwargs.get("subfolder") or ""))
         options = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -171,6 +171,7 @@ def enable_keyformer(model: Model, config: KeyformerConfig | None = None) -> Mod
     inner = _unwrapped(model)
     if not _evicts(inner):
         _make_evict(inner)
+    if "keyformer_config" not in vars(inner.get_decoder()):  # the first time
         _use_cache(inner)
     inner.get_decoder().keyformer_config = config or KeyformerConfig()
     return model
