@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import kept, small
 from originals import ORIGINALS
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -420,6 +421,27 @@ def test_a_cache_leaves_inference_mode(name, stock, text, config) -> None:
     cache.reorder_cache(torch.tensor([1, 0]))
     if config == FULL and name not in WINDOWED:
         cache.crop(-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gptj", "opt"])
+def test_prompts_that_peft_trains(name, stock, text) -> None:
+    """Virtual tokens count; virtual keys and values are refused, in whatever order."""
+    wrap = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    torch.manual_seed(0)
+    prompted = get_peft_model(copy.deepcopy(stock), PromptTuningConfig(**wrap)).eval()
+    expected = prompted.generate(input_ids=text, max_new_tokens=6)
+    enable(prompted, FULL)
+    assert torch.equal(prompted.generate(input_ids=text, max_new_tokens=6), expected)
+    prefixed = get_peft_model(copy.deepcopy(stock), PrefixTuningConfig(**wrap)).eval()
+    enabled_first = get_peft_model(enable(copy.deepcopy(stock), FULL), PrefixTuningConfig(**wrap))
+    for refused in (
+        lambda: enable(prefixed, FULL),
+        lambda: enabled_first.eval().generate(input_ids=text, max_new_tokens=6),
+    ):
+        with pytest.raises(InputError, match="PREFIX_TUNING of PEFT") as error:
+            refused()
+        one_line(error)
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ from keyformer.quantize import quantization_config, quantize_transposed
 from keyformer.served import (
     PACKAGES,
     TESTED,
+    check_adapter,
     check_config,
     check_model,
     check_outputs,
@@ -168,6 +169,7 @@ def enable_keyformer(model: Model, config: KeyformerConfig | None = None) -> Mod
     InputError
         If the model cannot be served; the message says why.
     """
+    check_adapter(model)
     inner = _unwrapped(model)
     if not _evicts(inner):
         _make_evict(inner)

@@ -380,6 +380,7 @@ class KeyformerGenerationMixin(Patched):
 
     config: Any
     get_decoder: Any
+    prepare_inputs_for_generation: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """By name the class is transformers' own: so it is saved, and known to pipelines."""
@@ -428,6 +429,8 @@ class KeyformerGenerationMixin(Patched):
                 generation_config, model_kwargs, *args
             )
             return
+        # PEFT's wrapper, where it is there, has put its own in this one's place.
+        served.check_adapter(getattr(self.prepare_inputs_for_generation, "__self__", None))
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             # Gemma's checkpoints ask for a hybrid cache, which this is where layers have windows.

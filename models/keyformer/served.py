@@ -57,6 +57,9 @@ OTHER_INPUTS = ("encoder_hidden_states", "encoder_attention_mask", "head_mask")
 NARROW = 8
 """The width of a window where a model is tried out."""
 
+PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
+"""Kinds of PEFT's adapters that are a cache which is filled already."""
+
 HARMLESS = ("position_ids", "cache_position", "position_embeddings", "token_type_ids")
 """Tensors that layers pass on to their attention and that do not change it."""
 
@@ -121,6 +124,22 @@ def check_model(model: PreTrainedModel) -> list[nn.Module]:
     if not all(getattr(m, "is_causal", True) for m in found):
         raise unsupported(name, ATTENDS_BOTH_WAYS)
     return found
+
+
+def check_adapter(model: Any) -> None:
+    """Refuse PEFT's wrapper around a model if its adapter is keys and values of its own.
+
+    Raises
+    ------
+    InputError
+        Naming its kind.
+    """
+    adapter = getattr(model, "active_peft_config", None)
+    if (kind := getattr(adapter, "peft_type", None)) in PREFIXES:
+        raise InputError(
+            f"{kind.value} of PEFT cannot be combined with Keyformer: it puts keys and values of"
+            " no token into transformers' own cache"
+        )
 
 
 def check_call(model: Any, cache: KeyformerCache, inputs: dict[str, Any]) -> None:
