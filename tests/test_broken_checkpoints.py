@@ -486,12 +486,46 @@ GENERATION = "generation_config.json"
         ('{"do_sample": "maybe"}', "do_sample must be true or false, got 'maybe'"),
         ('{"cache_implementation": "none"}', "cache_implementation"),
         ('{"watermarking_config": 3}', ": AttributeError"),
+        ('{"repetition_penalty": 0}', "repetition_penalty 0: "),
+        ('{"encoder_repetition_penalty": 0}', "encoder_repetition_penalty 0: "),
+        ('{"stop_strings": 5}', "stop_strings 5: "),
+        ('{"max_time": "x", "top_k": 4}', 'max_time "x": '),
+        ('{"sequence_bias": 5}', "sequence_bias 5: "),
+        ('{"exponential_decay_length_penalty": [1]}', "exponential_decay_length_penalty [1]: "),
+        ('{"penalty_alpha": 0.5, "top_k": 4}', "penalty_alpha 0.5: "),
+        ('{"dola_layers": "low"}', 'dola_layers "low": '),
+        ('{"num_return_sequences": 3, "num_beams": 2}', "num_return_sequences 3: "),
     ],
 )
 def test_b4_broken_generation_settings_are_named(copy, content: bytes | str, says: str) -> None:
     path = copy()
     put(GENERATION, content)(path)
     assert says in refused(path, GENERATION)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "penalty_alpha": 0.5},
+        {"num_beams": 4, "num_return_sequences": 2, "early_stopping": True, "length_penalty": 2.0},
+        {"stop_strings": ["end"], "repetition_penalty": 1.2, "no_repeat_ngram_size": 2},
+        {"use_cache": False, "max_length": 1, "min_length": 30, "output_attentions": True},
+        {"cache_implementation": "static", "suppress_tokens": [3], "forced_eos_token_id": 0},
+    ],
+)
+def test_generation_settings_that_can_be_used_are_taken(copy, settings) -> None:
+    """And nothing is drawn from torch's generator on the way."""
+    path = copy()
+    set_fields(path / GENERATION, **settings)
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    model, _ = load_model(path, device="cpu")
+    assert torch.equal(torch.rand(1), expected)
+    assert {name: getattr(model.generation_config, name) for name in settings} == {
+        **settings,
+        **({"use_cache": True} if "use_cache" in settings else {}),
+    }
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError(), KeyboardInterrupt()])

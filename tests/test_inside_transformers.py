@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from conftest import kept, small
 from originals import ORIGINALS
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -22,6 +25,8 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    MptForCausalLM,
+    MptModel,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -56,6 +61,11 @@ def text() -> Tensor:
     return torch.randint(2, 61, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers, whatever they are called."""
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+
+
 def one_line(error: pytest.ExceptionInfo) -> None:
     assert len(str(error.value).splitlines()) == 1
 
@@ -86,6 +96,29 @@ def test_a1_a_layer_that_no_longer_reaches_the_cache_is_refused(text) -> None:
     with pytest.raises((InputError, TypeError)) as error:
         model(text)
     one_line(error)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("at", [0, 1])
+def test_interrupted_forwards_leave_no_cache_to_go_on_with(name, text, chunk, at: int) -> None:
+    """Layers would hold different texts; once reset it is as a new one."""
+    model = enable(small(name), KeyformerConfig.preset("full", prefill_chunk=chunk))
+    cache = KeyformerCache(model.config, model.get_decoder().keyformer_config)
+    expected = model(text[:, :12], past_key_values=cache).logits
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    cache.layers[at].attend = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        model(text[:, 12:], past_key_values=cache)
+    del cache.layers[at].attend
+    with pytest.raises(InputError, match="reset the cache") as error:
+        model(text[:, 12:], past_key_values=cache)
+    one_line(error)
+    cache.reset()
+    assert torch.equal(model(text[:, :12], past_key_values=cache).logits, expected)
 
 
 def chat(model: PreTrainedModel, cache: Any, text: Tensor) -> Tensor:
@@ -265,6 +298,32 @@ def test_a6_dropout_is_applied_in_training(name: str, rates, text) -> None:
 
 
 @torch.no_grad()
+def test_dropout_counts_by_the_modules_own_mode(name, text) -> None:
+    """Switched on alone, as for Monte Carlo dropout, and off alone in a model that trains."""
+    stock = small(name)
+    for module in stock.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    model = enable(copy.deepcopy(stock), FULL)
+    for drops in (True, False):
+        logits = []
+        for one in (model, stock):
+            for module in one.modules():
+                module.training = isinstance(module, nn.Dropout) == drops
+            cache = KeyformerCache(model.config, FULL) if one is model else None
+            torch.manual_seed(5)
+            # Of GPT-2's attention it is the layer's mode that counts.
+            if one is model and name in (("gptj", "bloom") if drops else ("cerebras",)):
+                with pytest.raises(InputError, match="attention dropout") as error:
+                    one(text, past_key_values=cache)
+                one_line(error)
+                break
+            logits.append(one(text, past_key_values=cache).logits)
+        else:
+            assert torch.allclose(*logits, atol=2e-4)
+
+
+@torch.no_grad()
 def test_a7_prompt_lookup_under_full(stock, name, text) -> None:
     """But for layers with a window, which have let tokens go: there it is refused at once."""
     options = {"max_new_tokens": 12, "prompt_lookup_num_tokens": 3, "do_sample": False}
@@ -318,6 +377,73 @@ def test_a8_weights_of_an_evicting_method_are_by_column(text, dtype) -> None:
             assert not step or (weights > 0).sum(-1).max() <= 13
 
 
+def through(model: PreTrainedModel, cache: Any, text: Tensor) -> list[Tensor]:
+    """Logits of a prompt, a step, several tokens and a step, on one cache."""
+    parts = text.split([16, 1, 6, 1], dim=1)
+    return [model(part, past_key_values=cache).logits for part in parts]
+
+
+@pytest.mark.parametrize("config", [FULL, HALF], ids=["full", "h2o"])
+@pytest.mark.parametrize("trained", ["q_proj", "k_proj", "v_proj", "q_proj v_proj", "mlp"])
+@pytest.mark.parametrize("name", ["llama", "gptj", "gemma3_text"])
+def test_gradients_of_some_weights_through_a_cache(name, stock, text, config, trained) -> None:
+    """As of an adapter on them: nothing that they need has been written over."""
+    gradients = []
+    for evicts in (False, True):
+        model = copy.deepcopy(stock)
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(any(part in key for part in trained.split()))
+        cache = DynamicCache(config=model.config)
+        if evicts:
+            cache = KeyformerCache(enable(model, config).config, config)
+        torch.cat(through(model, cache, text), dim=1).logsumexp(-1).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert gradients[0]
+    for one, other in zip(*gradients, strict=True):
+        assert one.isfinite().all() and other.isfinite().all()
+        assert config != FULL or torch.allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [FULL, HALF], ids=["full", "h2o"])
+def test_a_cache_leaves_inference_mode(name, stock, text, config) -> None:
+    """And goes on, with gradients or without, and back into it."""
+    model = enable(copy.deepcopy(stock), config)
+    expected = through(model, KeyformerCache(model.config, config), text)
+    for mode in (torch.no_grad, torch.enable_grad):
+        cache, logits = KeyformerCache(model.config, config), []
+        for number, part in enumerate(text.split([16, 1, 6, 1], dim=1)):
+            with mode() if number % 2 else torch.inference_mode():
+                logits.append(model(part, past_key_values=cache).logits)
+        for one, other in zip(logits, expected, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+    with torch.inference_mode():
+        model(text, past_key_values=(cache := KeyformerCache(model.config, config)))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    if config == FULL and name not in WINDOWED:
+        cache.crop(-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gptj", "opt"])
+def test_prompts_that_peft_trains(name, stock, text) -> None:
+    """Virtual tokens count; virtual keys and values are refused, in whatever order."""
+    wrap = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    torch.manual_seed(0)
+    prompted = get_peft_model(copy.deepcopy(stock), PromptTuningConfig(**wrap)).eval()
+    expected = prompted.generate(input_ids=text, max_new_tokens=6)
+    enable(prompted, FULL)
+    assert torch.equal(prompted.generate(input_ids=text, max_new_tokens=6), expected)
+    prefixed = get_peft_model(copy.deepcopy(stock), PrefixTuningConfig(**wrap)).eval()
+    enabled_first = get_peft_model(enable(copy.deepcopy(stock), FULL), PrefixTuningConfig(**wrap))
+    for refused in (
+        lambda: enable(prefixed, FULL),
+        lambda: enabled_first.eval().generate(input_ids=text, max_new_tokens=6),
+    ):
+        with pytest.raises(InputError, match="PREFIX_TUNING of PEFT") as error:
+            refused()
+        one_line(error)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gptj", "cerebras"])
 def test_a9_token_type_ids(name: str, text) -> None:
@@ -349,6 +475,20 @@ def test_a10_pickled(name, text, how: str) -> None:
         disable_keyformer(again).generate(text, max_new_tokens=8),
         stock.generate(text, max_new_tokens=8),
     )
+
+
+def test_loaded_in_a_fresh_interpreter(tmp_path, text) -> None:
+    """Where nobody but the pickle imports this project."""
+    model = enable(small("llama"), HALF)
+    torch.save((model, text, model.generate(text, max_new_tokens=4)), tmp_path / "model.pt")
+    code = """if True:
+        import sys, torch
+        model, text, expected = torch.load(sys.argv[1], weights_only=False)
+        assert torch.equal(model.generate(text, max_new_tokens=4), expected)
+    """
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a11_saved_under_the_stock_models_name(stock, tmp_path) -> None:
@@ -451,19 +591,251 @@ def test_a12_models_of_transformers_that_are_none_of_these(kind: str) -> None:
         assert torch.allclose(model(tokens).logits, stock(tokens).logits, atol=1e-4)
 
 
+SMALL = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+BOTH_WAYS = (
+    *("bert", "bert-generation", "roberta", "roberta-prelayernorm", "xlm-roberta"),
+    *("xlm-roberta-xl", "camembert", "electra", "ernie", "data2vec-text", "roc_bert"),
+)
+
+
+def small_of(kind: str, **changes: Any) -> PreTrainedModel:
+    """A random model of a type that nobody has tested, its logits well apart."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SMALL, **changes})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("doge", {"keep_window_size": 4}, "its own attention mask"),
+        ("doge", {}, "its own attention mask"),
+        ("moshi", {"ffn_dim": 64}, "other logits than transformers' own"),
+        *((kind, {}, "attend to later ones, unless is_decoder") for kind in BOTH_WAYS),
+    ],
+)
+def test_models_that_compute_otherwise_are_refused(kind: str, changes, reason: str) -> None:
+    """Masks that are more than masks, tokens that see later ones, windows that are none."""
+    model = small_of(kind, **changes)
+    before, stock = dict(vars(model.config)), type(model)
+    with pytest.raises(InputError, match=reason) as error:
+        enable(model, FULL)
+    one_line(error)
+    assert type(model) is stock and vars(model.config) == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["biogpt", "starcoder2", *BOTH_WAYS])
+def test_untested_models_equal_stock(text, kind: str) -> None:
+    """Left padding without position_ids, and then a masked past, beyond the window if there is."""
+    changes = {"is_decoder": True} if kind in BOTH_WAYS else {}
+    changes |= {"sliding_window": 9} if kind == "starcoder2" else {}
+    stock = small_of(kind, **changes)
+    model = enable(copy.deepcopy(stock), FULL)
+    assert vars(model.config) == vars(stock.config)
+    mask = torch.ones_like(text)
+    mask[0, :6] = 0
+    expected = stock(text, attention_mask=mask).logits
+    got = model(text, attention_mask=mask).logits
+    assert torch.allclose(got[mask.bool()], expected[mask.bool()], atol=2e-4)
+    expected = chat(stock, DynamicCache(config=stock.config), text)
+    got = chat(model, KeyformerCache(model.config, FULL), text)
+    assert torch.allclose(got, expected, atol=2e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "bloom", "cerebras"])
+def test_windows_that_a_model_does_not_know_are_none(name: str, text) -> None:
+    """What is left over in a config.json from another model changes nothing."""
+    stock = small(name)
+    stock.config.sliding_window = 5
+    model = enable(copy.deepcopy(stock), FULL)
+    assert torch.allclose(model(text).logits, stock(text).logits, atol=2e-4)
+
+
+def called_within(layer: nn.Module, model: PreTrainedModel, *args, **kwargs) -> list[Tensor]:
+    """The logits of a call, once the layer is run."""
+    found: list[Tensor] = []
+
+    def call(*_) -> None:
+        handle.remove()
+        found.append(model(*args, **kwargs).logits)
+
+    handle = layer.register_forward_pre_hook(call)
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*NAMES, "falcon alibi"])
+def test_a_forward_within_a_forward(name, stock, text) -> None:
+    """A hook may call the model, or another one, without a cache or with one of its own."""
+    model, other = (enable(copy.deepcopy(stock), FULL) for _ in range(2))
+    short = text[:, :7]
+    expected = stock(text).logits, stock(short).logits
+    for inner in (model, other):
+        for use_cache in (False, True):
+            found = called_within(layers_of(model)[1], inner, short, use_cache=use_cache)
+            got = model(text).logits
+            assert torch.allclose(got, expected[0], atol=2e-4)
+            assert torch.allclose(found[0], expected[1], atol=2e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [2, 0.5])
+@pytest.mark.parametrize("name", [*NAMES, "falcon alibi"])
+def test_masks_of_other_values(name, stock, text, value: float) -> None:
+    """As of packed texts: one line where transformers' model counts them as they are."""
+    model = enable(copy.deepcopy(stock), FULL)
+    mask = torch.ones_like(text) * value
+    mask[0, :6] = 0
+    if name in ("opt", "bloom", "falcon alibi"):
+        with pytest.raises(InputError, match="zeros and ones") as error:
+            model(text, attention_mask=mask)
+        one_line(error)
+        if name == "opt":
+            model(text, attention_mask=mask, position_ids=torch.arange(24)[None])
+        return
+    expected, got = (one(text, attention_mask=mask).logits for one in (stock, model))
+    assert torch.allclose(got[mask > 0], expected[mask > 0], atol=2e-4)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_model_is_refused(text) -> None:
+    """Other windows, fewer layers, more layers."""
+    model = enable(small("llama"), FULL)
+    for other in (small("gemma2").config, LlamaConfig(num_hidden_layers=1), LlamaConfig()):
+        with pytest.raises(InputError, match="made for another model") as error:
+            model(text, past_key_values=KeyformerCache(other, FULL))
+        one_line(error)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gptj"])
+def test_places_before_the_first_are_refused(stock, text, name) -> None:
+    model = enable(copy.deepcopy(stock), FULL)
+    with pytest.raises(InputError, match="at least 0, got -1") as error:
+        model(text, position_ids=torch.arange(24)[None] - 1)
+    one_line(error)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("gptj", {"input_ids": torch.arange(24).view(2, 12), "position_ids": torch.arange(12) + 3}),
+        ("gptj", {"input_ids": torch.zeros(0, 5, dtype=torch.int64)}),
+        ("opt", {"input_ids": torch.arange(12)}),
+        ("opt", {"input_ids": torch.arange(12), "attention_mask": torch.ones(1, 12)}),
+    ],
+)
+def test_shapes_that_stock_takes(name: str, stock, inputs) -> None:
+    model = enable(copy.deepcopy(stock), FULL)
+    got, expected = model(**inputs).logits, stock(**inputs).logits
+    assert got.shape == expected.shape and torch.allclose(got, expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_generate_was_asked_for_is_forgotten(name, stock, text) -> None:
+    """A cache goes on in forward calls for as long as the table reaches."""
+    table = {"opt": "max_position_embeddings", "cerebras": "n_positions", "gptj": "n_positions"}
+    model = enable(small(name, **({table[name]: 60} if name in table else {})), FULL)
+    cache = KeyformerCache(model.config, FULL)
+    for limit in ("max_new_tokens", "max_length"):
+        options = {limit: 30, "past_key_values": cache}
+        output = model.generate(text[:, :10], return_dict_in_generate=True, **options)
+        assert output.past_key_values is cache
+        assert (cache.max_new_tokens, cache.max_length) == (None, None)
+        model(text[:, :15], past_key_values=cache)
+        cache.reset()
+    cache.max_new_tokens = 50
+    cache.reset()
+    model(text, past_key_values=cache)
+
+
+class OwnModel(MptModel):
+    """A user's, in a module of its own."""
+
+
+class OwnMpt(MptForCausalLM):
+    """The same."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.transformer = OwnModel(config)
+
+
+@torch.no_grad()
+def test_subclasses_of_patched_models(text, monkeypatch) -> None:
+    """They evict, and are given back; a module's name does not make it one of this project's."""
+    config = small("mpt").config
+    stock = OwnMpt(config).eval()
+    model = enable(copy.deepcopy(stock), FULL)
+    assert isinstance(model, OwnMpt) and type(model).__name__ == "OwnMpt"
+    assert torch.equal(model.generate(text), stock.generate(text, use_cache=True))
+    output = enable(model, HALF).generate(text, max_new_tokens=2, return_dict_in_generate=True)
+    assert output.past_key_values.layers[0].keys.shape[2] == 12
+    assert type(pickle.loads(pickle.dumps(model))) is type(model)
+    for own in (OwnMpt, OwnModel):
+        monkeypatch.setattr(own, "__module__", "my_keyformer")
+    disable_keyformer(model)
+    assert type(model) is OwnMpt and type(model.transformer) is OwnModel
+
+
+@torch.no_grad()
+def test_disabled_models_are_as_they_were(name, stock, text) -> None:
+    """Attribute for attribute, after all that a model is used for."""
+    model = copy.deepcopy(stock)
+    model.generate(text, max_new_tokens=2)
+    before = [(type(module), set(vars(module))) for module in model.modules()]
+    enable(model, HALF).generate(text, max_new_tokens=2)
+    disable_keyformer(model)
+    assert [(type(module), set(vars(module))) for module in model.modules()] == before
+
+
 @torch.no_grad()
 def test_a16_use_cache_is_kept(stock, text) -> None:
-    """What the user has set counts for forward calls; generate uses a cache unless told not to."""
+    """What the user has set counts; what the checkpoint's files say, for forward calls alone."""
     model = copy.deepcopy(stock)
-    model.config.use_cache = False
+    model.config.use_cache = model.generation_config.use_cache = False
     enable(model, HALF)
     assert model.config.use_cache is False
     assert model(text).past_key_values is None
     output = model.generate(text, max_new_tokens=2, return_dict_in_generate=True)
     assert isinstance(output.past_key_values, KeyformerCache)
     options = {"max_new_tokens": 6, "use_cache": False}
-    assert torch.equal(model.generate(text, **options), stock.generate(text, **options))
+    expected = stock.generate(text, **options)
+    assert torch.equal(model.generate(text, **options), expected)
+    for where in ("the call", "the model"):
+        asked = copy.deepcopy(stock.generation_config)
+        asked.update(**options, return_dict_in_generate=True)
+        if where == "the model":
+            enable(model, HALF).generation_config = asked
+        output = model.generate(text, asked if where == "the call" else None)
+        assert output.past_key_values is None and torch.equal(output.sequences, expected)
     assert disable_keyformer(model).config.use_cache is False
+    assert model.generation_config.use_cache is False
+
+
+@pytest.mark.parametrize("name", ["llama", "mpt"])
+def test_continuous_batching_is_refused_where_it_would_not_evict(stock, text, name) -> None:
+    model = enable(copy.deepcopy(stock), HALF)
+    for begin in (
+        model.init_continuous_batching,
+        lambda: model.generate_batch(text.tolist(), max_new_tokens=2),
+        lambda: model.continuous_batching_context_manager().__enter__(),
+    ):
+        with pytest.raises(InputError, match="continuous batching") as error:
+            begin()
+        one_line(error)
+    assert enable(model, FULL).init_continuous_batching() is not None
 
 
 @torch.no_grad()

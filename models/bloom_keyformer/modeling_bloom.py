@@ -23,6 +23,7 @@ from keyformer.modeling import (
     KeyformerModelMixin,
     Patches,
     attend,
+    dropout_rate,
     patch,
 )
 
@@ -62,7 +63,13 @@ class BloomKeyformerAttention(BloomAttention):
             )
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         output, weights = attend(
-            self.layer_idx, query, key, value, scale=self.inv_norm_factor, alibi_slopes=alibi
+            self.layer_idx,
+            query,
+            key,
+            value,
+            scale=self.inv_norm_factor,
+            alibi_slopes=alibi,
+            dropout=dropout_rate(self.attention_dropout),
         )
         output = dropout_add(self.dense(output), residual, self.hidden_dropout, self.training)
         return output, weights

@@ -48,7 +48,10 @@ class CerebrasKeyformerAttention(GPT2Attention):
         batch, tokens, _ = hidden_states.shape
         joined = self.c_attn(hidden_states).view(batch, tokens, 3, self.num_heads, self.head_dim)
         query, key, value = joined.permute(2, 0, 3, 1, 4)
-        output, weights = attend(self.layer_idx, query, key, value, scale=self.scaling)
+        dropout = self.attn_dropout.p if self.training else 0.0
+        output, weights = attend(
+            self.layer_idx, query, key, value, scale=self.scaling, dropout=dropout
+        )
         return self.resid_dropout(self.c_proj(output)), weights
 
 

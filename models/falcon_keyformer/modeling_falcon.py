@@ -27,6 +27,7 @@ from keyformer.modeling import (
     KeyformerModelMixin,
     Patches,
     attend,
+    dropout_rate,
     patch,
 )
 
@@ -80,8 +81,9 @@ class FalconKeyformerAttention(FalconAttention):
                 **kwargs,
             )
         query, key, value = self.split(self.query_key_value(hidden_states))
-        slopes, rotary = None, None
+        slopes, rotary, dropout = None, None, 0.0  # transformers drops weights with ALiBi alone
         if self.config.alibi:
+            dropout = dropout_rate(self.attention_dropout)
             token = torch.ones(1, 2, device=query.device)  # the bias at position 1 is the slope
             slopes = build_alibi_tensor(token, self.num_heads, torch.float32)[:, 0, 1]
             slopes = slopes * self.inv_norm_factor
@@ -97,6 +99,7 @@ class FalconKeyformerAttention(FalconAttention):
             scale=self.inv_norm_factor,
             alibi_slopes=slopes,
             rotary=rotary,
+            dropout=dropout,
         )
         return self.dense(output), weights
 
@@ -128,11 +131,6 @@ class FalconKeyformerModel(InterfaceModelMixin, KeyformerModelMixin, FalconModel
     def use_alibi(self) -> bool:
         """Whether the model adds ALiBi to the mask; with a KeyformerCache its layers do it."""
         return self.config.alibi and CALL.get() is None
-
-    @property
-    def attention_dropout_rate(self) -> float:
-        """Weights are dropped with ALiBi alone."""
-        return super().attention_dropout_rate if self.config.alibi else 0.0
 
 
 class FalconKeyformerForCausalLM(KeyformerGenerationMixin, FalconForCausalLM):

@@ -25,6 +25,7 @@ from keyformer.modeling import (
     KeyformerModelMixin,
     Patches,
     attend,
+    dropout_rate,
     patch,
 )
 
@@ -75,7 +76,13 @@ class GPTJKeyformerAttention(GPTJAttention):
             turned = rotary(torch.cat([query, key], dim=1), places)
             (query, key), rotary = turned.chunk(2, dim=1), None
         output, weights = attend(
-            self.layer_idx, query, key, value, scale=1 / self.scale_attn, rotary=rotary
+            self.layer_idx,
+            query,
+            key,
+            value,
+            scale=1 / self.scale_attn,
+            rotary=rotary,
+            dropout=dropout_rate(self.attn_dropout),
         )
         return self.resid_dropout(self.out_proj(output)), weights
 
@@ -111,6 +118,8 @@ class GPTJKeyformerFlashAttention(GPTJKeyformerAttention, GPTJFlashAttention2):
 
 class GPTJKeyformerModel(KeyformerModelMixin, GPTJModel):
     """The layers of GPT-J over a KeyformerCache."""
+
+    layers_look_up = True
 
     @property
     def position_table(self) -> int:

@@ -135,7 +135,7 @@ def attention(
         asked = torch.where(asked < 0, slots.places[:, 0].amax(dim=-1, keepdim=True), asked)
     chunk_elements = CHUNK_ELEMENTS["cpu" if query.device.type == "cpu" else "gpu"]
     reach = queries if window is None else min(queries, 2 * window)
-    chunk = max(1, chunk_elements // (batch * heads * (held + reach)))
+    chunk = max(1, chunk_elements // max(1, batch * heads * (held + reach)))
     for start in range(0, queries, chunk):
         end = min(start + chunk, queries)
         # From column to column places go up by one at least, so none before these is in reach.

@@ -21,7 +21,7 @@ from keyformer.call import CALL
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.precision import dequantize, quantize
 from keyformer.score import Scorer, temperature
-from keyformer.text import Columns, Text
+from keyformer.text import Columns, Text, make_writable
 
 GROWTH = 64
 """Slots added at a time while the text is shorter than the budget."""
@@ -77,6 +77,7 @@ class KeyformerLayer(CacheLayerMixin):
 
     is_sliding = False
     _per_slot = ("keys", "key_scales", "values", "value_scales", "positions", "scores")
+    _in_place = (*_per_slot, "finished")
 
     def __init__(self, config: KeyformerConfig, text: Text, window: int | None = None) -> None:
         super().__init__()
@@ -112,6 +113,7 @@ class KeyformerLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key, value)
+        make_writable(self, self._in_place)
         text = self.text.on(self.device)
         self.length = text.length
         if text.columns.changed:
@@ -203,7 +205,7 @@ class KeyformerLayer(CacheLayerMixin):
                 queries = (new.positions[:, :1] >= 0).sum(dim=-1, keepdim=True)
                 self.scores.mul_(self.config.forgetting**queries).add_(attended.scores[..., :held])
             self._grow()
-        self._arrivals = new, new_scores
+        self._arrivals = new, new_scores, attended.output.requires_grad
         return attended
 
     def step(
@@ -250,7 +252,7 @@ class KeyformerLayer(CacheLayerMixin):
             evicts=evicts,
         )
         if not evicts:
-            self._arrivals = new, new_scores
+            self._arrivals = new, new_scores, False
         return output
 
     def steps_on_kernels(self, query: Tensor, softcap: float | None) -> bool:
@@ -310,7 +312,7 @@ class KeyformerLayer(CacheLayerMixin):
         ranked_by
             The scores that decide, of the shape of :attr:`all_scores`.
         """
-        new, new_scores = self._arrivals
+        new, new_scores, differentiates = self._arrivals
         del self._arrivals
         if not self.positions.shape[-1]:
             self._fill(new, new_scores, ranked_by)
@@ -324,7 +326,7 @@ class KeyformerLayer(CacheLayerMixin):
         # Where no token stays, the first slot is written over by itself.
         any_stay = (~leaves[..., slots:]).any(dim=-1, keepdim=True)
 
-        if self.keys.requires_grad or new.keys.requires_grad:
+        if differentiates:
             # Gradients need what was there: slots are made anew, not written over.
             source = torch.arange(slots, device=self.device).expand(*freed.shape[:2], -1)
             source = source.scatter(-1, freed, torch.where(any_stay, slots + staying, freed))
@@ -509,6 +511,7 @@ class KeyformerLayer(CacheLayerMixin):
     def empty(self, seen: Tensor) -> None:
         """Empty the slots of all tokens from positions ``seen`` (batch,) on."""
         if self.is_initialized:
+            make_writable(self, self._in_place)
             known = _known(self.positions)
             later = known >= seen.to(self.device)[:, None, None]
             self.positions.masked_fill_(later, EMPTY)
@@ -519,7 +522,8 @@ class KeyformerLayer(CacheLayerMixin):
 def model_windows(model_config: PreTrainedConfig) -> list[int | None]:
     """The tokens that a query of each layer sees, itself included; None where it sees all."""
     config = model_config.get_text_config(decoder=True)
-    window = getattr(config, "sliding_window", None)
+    is_field = hasattr(type(config), "sliding_window")  # not just left over in a config.json
+    window = config.sliding_window if is_field else None
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return [window] * config.num_hidden_layers
@@ -607,9 +611,12 @@ class KeyformerCache(Cache):
     sequences
         (batch,) int64, whose noise each row draws; None before the first forward.
     max_new_tokens, max_length
-        What ``generate`` was asked for; T of Eq. 10 unless the config has its own.
+        What a ``generate`` that is running was asked for, or whoever sets them will feed; T of
+        Eq. 10 unless the config has its own.
     observer
         If set, called after each layer's attention with its weights.
+    halfway
+        Whether a forward has begun that has not ended: its layers then hold different texts.
     replays, graph
         Whether decode steps can be replayed, and the one captured: see keyformer.replay.
     """
@@ -651,6 +658,7 @@ class KeyformerCache(Cache):
         self.max_new_tokens: int | None = None
         self.max_length: int | None = None
         self.observer: Observer | None = None
+        self.halfway = False
         self.replays = False
         self.graph: Any = None
 
@@ -682,6 +690,10 @@ class KeyformerCache(Cache):
         if layer.length == self.text.length:  # no layer has been given these tokens before
             self._begin(query, real)
         new = layer.place(key, value)
+        if torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (key, value, layer.keys, layer.values)
+        ):
+            query = query if query.requires_grad else query.detach().requires_grad_()
         scorer = self._scorer(layer, layer_idx)
         options: dict[str, Any] = {"scale": scale, "alibi_slopes": alibi_slopes, "rotary": rotary}
         output_weights |= self.observer is not None
@@ -733,10 +745,12 @@ class KeyformerCache(Cache):
     def _begin(self, query: Tensor, real: Tensor) -> None:
         """Count new tokens in; reserve slots for what follows a prompt if kernels attend."""
         tokens = real.shape[1]
+        self.halfway = True
         if self.columns.length == self.text.length:
             self.columns.take(real, real)
         if not self.text.length:
             self.tau = torch.empty((), device=query.device)
+        make_writable(self, ("tau",))
         if self.sequences is None:
             self.sequences = self._numbered(len(real), query.device)
         if not self.text.length or tokens > 1:
@@ -764,6 +778,7 @@ class KeyformerCache(Cache):
 
     def count_step(self) -> None:
         """Count a token that a replayed step is going to take in; its column is counted."""
+        self.halfway = True
         for text in self.texts:
             text.advance(1)
         for layer in self.layers:
@@ -871,7 +886,8 @@ class KeyformerCache(Cache):
         self.columns.reset()
         for text in self.texts:
             text.reset()
-        self.replays, self.graph, self.sequences = False, None, None
+        self.halfway = self.replays = False
+        self.graph = self.sequences = self.max_new_tokens = self.max_length = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Give beam i the slots of beam ``beam_idx[i]``, positions and scores with them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,8 @@ class Call:
         The model's ``past_key_values``.
     real
         (batch, tokens) bool: which of the new columns are tokens, False for padding.
+    mask
+        The same as the layers are given it, (batch, 1, 1, tokens).
     output_attentions
         Whether the layers' weights are asked for.
     rotation
@@ -32,6 +36,7 @@ class Call:
 
     cache: KeyformerCache
     real: Tensor
+    mask: Tensor
     output_attentions: bool = False
     rotation: Any = None
     handed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -43,3 +48,14 @@ gradients: there, as without a cache, attention is transformers' own."""
 
 LAST_OUTPUTS: ContextVar[int | None] = ContextVar("last_outputs", default=None)
 """Of how many tokens, counted from the end, the decoder's outputs are of use; None is all."""
+
+
+@contextmanager
+def running(call: Call | None) -> Iterator[None]:
+    """Within, that is the forward that is running, whichever has called it: a hook's may."""
+    before, last = CALL.set(call), LAST_OUTPUTS.set(None)
+    try:
+        yield
+    finally:
+        CALL.reset(before)
+        LAST_OUTPUTS.reset(last)

@@ -23,6 +23,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -75,7 +77,11 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens")
 
 @contextmanager
 def reading(
-    path: str | Path, what: str, files: Sequence[str] = (), caller: Collection[str] = ()
+    path: str | Path,
+    what: str,
+    files: Sequence[str] = (),
+    caller: Collection[str] = (),
+    warns: bool = True,
 ) -> Iterator[None]:
     """Within, whatever is raised is the checkpoint's fault, and becomes an InputError.
 
@@ -92,6 +98,8 @@ def reading(
         Patterns of the files that are read: the first broken one of a folder is named.
     caller
         Names of arguments that the caller passed through: an error about one is theirs.
+    warns
+        False drops warnings on success too.
 
     Raises
     ------
@@ -99,7 +107,7 @@ def reading(
         In one line. Memory that ran out, and errors of the device, are raised as they are.
     """
     failed = f"cannot load a model from {path}: "
-    with _quiet():
+    with _quiet(warns):
         try:
             yield
         except NOT_THE_FILES_FAULT:
@@ -114,8 +122,11 @@ def reading(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back what transformers and torch warn of in this thread; drop it on an error."""
+def _quiet(warns: bool) -> Iterator[None]:
+    """Hold back what transformers and torch warn of in this thread; drop it on an error.
+
+    Where it ``warns`` not, it is dropped in any case.
+    """
     held: list[tuple[logging.Handler, logging.LogRecord]] = []
     thread = threading.get_ident()
 
@@ -143,6 +154,8 @@ def _quiet() -> Iterator[None]:
             handler.removeFilter(keep)
         if hides_bar:
             enable_progress_bar()
+    if not warns:
+        return
     for handler, record in held:
         handler.handle(record)
     for warning in warned or ():
@@ -383,11 +396,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path)
     tokenizer("a")  # what its settings say of lengths, sides and special tokens can be used
 
 
-def check_generation(path: str | Path, **hub: Any) -> None:
-    """Refuse a generation_config.json that cannot be read; transformers would do without.
+def check_generation(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, rows: int, **hub: Any
+) -> None:
+    """Refuse a generation_config.json that cannot be read or used; transformers would do without.
 
     Parameters
     ----------
+    tokenizer
+        The checkpoint's.
+    rows
+        Of the model's table of embeddings.
     hub
         Arguments of ``from_pretrained`` that say where files are.
 
@@ -413,7 +432,35 @@ def check_generation(path: str | Path, **hub: Any) -> None:
             value = settings.get(name)
             if value is not None and not fits(value):
                 raise InputError(f"{GENERATION}: {name} must be {allowed}, got {value!r}")
-    GenerationConfig.from_dict(settings)
+    if (error := _error_of_generate(settings, tokenizer, rows)) is None:
+        return
+    for name, value in settings.items():
+        others = {other: settings[other] for other in settings if other != name}
+        if _error_of_generate(others, tokenizer, rows) is None:
+            raise InputError(f"{GENERATION}: {name} {json.dumps(value)}: {_one_line(error)}")
+    raise error
+
+
+def _error_of_generate(
+    settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, rows: int
+) -> Exception | None:
+    """What transformers' generate raises under these settings, of a model of next to no size."""
+    sizes = {"hidden_size": 2, "intermediate_size": 2, "num_attention_heads": 1}
+    prompt = torch.zeros(1, 2, dtype=torch.int64)
+    asked = {"use_cache": True, "cache_implementation": None, "max_new_tokens": 2}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            config = LlamaConfig(vocab_size=rows, num_hidden_layers=1, **sizes)
+            model = LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+            model.generation_config = GenerationConfig.from_dict(settings)
+            model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), tokenizer=tokenizer, **asked
+            )
+    except NOT_THE_FILES_FAULT:
+        raise
+    except Exception as error:
+        return error
+    return None
 
 
 def _is_whole(value: Any) -> bool:

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,19 +35,17 @@ from keyformer.checkpoint import (
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.gguf import checkpoint_folder, forget_gguf, gguf_file, is_gguf, unpacking
 from keyformer.interface import make_patches, switch_attention, switch_back
-from keyformer.modeling import KeyformerGenerationMixin, patch, unpatch
+from keyformer.modeling import KeyformerGenerationMixin, of_subclass, patch, unpatch
 from keyformer.quantize import quantization_config, quantize_transposed
-from keyformer.served import TESTED, check_config, check_model, try_out
-
-PACKAGES = {
-    "mpt": "mpt_keyformer",
-    "gptj": "gptj_keyformer",
-    "gpt2": "cerebras_keyformer",
-    "bloom": "bloom_keyformer",
-    "falcon": "falcon_keyformer",
-}
-"""By model_type, the packages with a MODEL, PATCHES and make_config: models with an attention of
-their own. All others must have one that goes through transformers' attention interface."""
+from keyformer.served import (
+    PACKAGES,
+    TESTED,
+    check_adapter,
+    check_config,
+    check_model,
+    check_outputs,
+    try_out,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -137,8 +136,8 @@ def load_model(
         )
         check_tokenizer(tokenizer, model_config.vocab_size, Path(path))
     where = {name: kwargs[name] for name in HUB if name in kwargs}
-    with reading(path, GENERATION):
-        check_generation(path, **where)
+    with reading(path, GENERATION, warns=False):
+        check_generation(path, tokenizer, model_config.vocab_size, **where)
     kwargs = unpacking(path) | kwargs
     files = reading(path, "the weights", WEIGHTS, caller=kwargs)
     with files, checkpoint_folder(path) as folder:
@@ -167,7 +166,8 @@ def enable_keyformer(model: Model, config: KeyformerConfig | None = None) -> Mod
 
     The model is changed in place and returned: some of its modules get a subclass of their
     class, its attention layers another function to call. Weights stay as they are, and
-    :func:`disable_keyformer` takes everything back.
+    :func:`disable_keyformer` takes everything back. Where ``generation_config.use_cache`` is off,
+    as in MPT's checkpoints, it is turned on; set it afterwards to generate without a cache.
 
     Parameters
     ----------
@@ -181,9 +181,12 @@ def enable_keyformer(model: Model, config: KeyformerConfig | None = None) -> Mod
     InputError
         If the model cannot be served; the message says why.
     """
+    check_adapter(model)
     inner = _unwrapped(model)
     if not _evicts(inner):
         _make_evict(inner)
+    if "keyformer_config" not in vars(inner.get_decoder()):  # the first time
+        _use_cache(inner)
     inner.get_decoder().keyformer_config = config or KeyformerConfig()
     return model
 
@@ -193,20 +196,34 @@ def _make_evict(model: PreTrainedModel) -> None:
     kind = model.config.model_type
     if package := _package(kind):
         check_config(model.config)
-        patches = package.PATCHES
+        patches = package.PATCHES | of_subclass(type(model), package.PATCHES)
         if not issubclass(patches.get(type(model), nn.Module), KeyformerGenerationMixin):
             raise InputError(f"a {type(model).__name__} does not generate text")
-        patch(model, patches)
+        patch(model, patches | of_subclass(type(model.get_decoder()), patches))
         return
-    layers = check_model(model)
+    layers, config = check_model(model), model.config
+    is_tried = kind not in TESTED and model.device.type != "meta"
+    expected = try_out(model, lambda: DynamicCache(config=config)) if is_tried else None
     patch(model, make_patches(model))
     switch_attention(model, layers)
-    if kind not in TESTED:
-        try:
-            try_out(model, KeyformerCache(model.config, KeyformerConfig.preset("full")))
-        except InputError:
-            disable_keyformer(model)
-            raise
+    if expected is None:
+        return
+    try:
+        full = KeyformerConfig.preset("full")
+        check_outputs(model, expected, try_out(model, lambda: KeyformerCache(config, full)))
+    except InputError:
+        disable_keyformer(model)
+        raise
+
+
+def _use_cache(model: PreTrainedModel) -> None:
+    """Let ``generate`` use a cache though the checkpoint's files say otherwise, as MPT's do.
+
+    What is set from now on counts.
+    """
+    if model.generation_config.use_cache is False:
+        model.generation_config.use_cache = True
+        model.keyformer_turned_cache_on = True
 
 
 def disable_keyformer(model: Model) -> Model:
@@ -218,6 +235,8 @@ def disable_keyformer(model: Model) -> Model:
     if not _evicts(inner):
         return model
     vars(inner.get_decoder()).pop("keyformer_config", None)
+    if vars(inner).pop("keyformer_turned_cache_on", False):
+        inner.generation_config.use_cache = False
     unpatch(inner)
     switch_back(inner)
     return model

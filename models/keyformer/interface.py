@@ -54,7 +54,7 @@ def attention_forward(
         (batch, heads or kv_heads, tokens, head_dim) of the new tokens, rotated where the
         model rotates.
     attention_mask
-        Not looked at: the cache knows what may be seen.
+        That which the model was given; the cache knows what may be seen.
 
     Returns
     -------
@@ -68,7 +68,9 @@ def attention_forward(
     """
     call = CALL.get()
     assert call is not None  # see LayerConfig
-    served.check_attention(module, call, key, value, dropout, sliding_window, kwargs)
+    served.check_attention(
+        module, call, key, value, attention_mask, dropout, sliding_window, kwargs
+    )
     query, key, rotary = unrotated(module, query, key)
     output, weights = attend(
         module.layer_idx,  # type: ignore[arg-type]
@@ -80,6 +82,10 @@ def attention_forward(
         rotary=rotary,
     )
     return output.unflatten(-1, (query.shape[1], -1)), weights
+
+
+# Here, as a model that is unpickled calls nothing else of this file.
+AttentionInterface.register(NAME, attention_forward)
 
 
 def unrotated(
@@ -185,7 +191,6 @@ def make_patches(model: PreTrainedModel) -> Patches:
 
 def switch_attention(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
     """Let attention layers call :func:`attention_forward`, whatever the model is set to later."""
-    AttentionInterface.register(NAME, attention_forward)
     config = LayerConfig(model.config)
     for layer in layers:
         layer.config = config  # type: ignore[assignment]

@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from keyformer import served
 from keyformer.attention import Rotary
 from keyformer.cache import KeyformerCache
-from keyformer.call import CALL, LAST_OUTPUTS, Call
+from keyformer.call import CALL, LAST_OUTPUTS, Call, running
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.replay import replayed
 
@@ -35,6 +35,7 @@ def attend(
     alibi_slopes: Tensor | None = None,
     softcap: float | None = None,
     rotary: Rotary | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of a layer, through the cache of the forward that is running.
 
@@ -45,6 +46,8 @@ def attend(
         is to.
     scale, alibi_slopes, softcap, rotary
         See :meth:`keyformer.cache.KeyformerLayer.attend`.
+    dropout
+        The rate at which transformers' layer would drop weights now: there must be none.
 
     Returns
     -------
@@ -54,6 +57,7 @@ def attend(
     """
     call = CALL.get()
     assert call is not None, "there is no forward of a patched model"
+    served.check_dropout(dropout)
     attended = call.cache.attend(
         query,
         key,
@@ -68,6 +72,11 @@ def attend(
     )
     weights = call.cache.by_column(layer_idx, attended) if call.output_attentions else None
     return attended.output.transpose(1, 2).flatten(2), weights
+
+
+def dropout_rate(module: nn.Dropout) -> float:
+    """The rate at which a module drops now."""
+    return module.p if module.training else 0.0
 
 
 class Patched:
@@ -143,6 +152,8 @@ class KeyformerModelMixin(Patched):
         The method used where no cache is passed in.
     alibi
         What ALiBi counts: "columns" that were fed, or "tokens" that the mask shows; None without.
+    layers_look_up
+        Whether the layers look places up in a table, which has none below 0.
     layers_rotate
         Whether keys come rotated, so that they have to be turned back where places change.
     """
@@ -151,6 +162,7 @@ class KeyformerModelMixin(Patched):
     training: bool
     keyformer_config = KeyformerConfig()
     alibi: str | None = None
+    layers_look_up = False
     layers_rotate = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,7 +184,11 @@ class KeyformerModelMixin(Patched):
         inputs = {**dict(zip(_argument_names(type(self)), args, strict=False)), **kwargs}
         cache = self._cache_for(inputs)
         if cache is None:
-            return super().forward(**inputs)  # type: ignore[misc]
+            with running(None):
+                return super().forward(**inputs)  # type: ignore[misc]
+        for name in ("input_ids", "position_ids"):
+            if isinstance(given := inputs.get(name), Tensor) and given.ndim == 1:
+                inputs[name] = given[None]  # as some of transformers' models take them
         served.check_call(self, cache, inputs)
         inputs["past_key_values"] = cache
         tokens = served.fed(inputs)
@@ -186,8 +202,11 @@ class KeyformerModelMixin(Patched):
         chunk = cache.config.prefill_chunk
         if chunk is None or chunk >= real.shape[1]:
             position_ids = self._counted_on(cache, real) if told is None else told
-            return self._forward_at(cache, position_ids, real, inputs)
-        return self._forward_in_chunks(chunk, cache, told, real, inputs)
+            output = self._forward_at(cache, position_ids, real, inputs)
+        else:
+            output = self._forward_in_chunks(chunk, cache, told, real, inputs)
+        cache.halfway = False
+        return output
 
     def _cache_for(self, inputs: dict[str, Any]) -> KeyformerCache | None:
         """The cache of a call, a new one if it is due; None if there is to be none of this kind."""
@@ -203,11 +222,6 @@ class KeyformerModelMixin(Patched):
         if self.config.use_cache if use_cache is None else use_cache:
             return KeyformerCache(self.config, self.keyformer_config)
         return None
-
-    @property
-    def attention_dropout_rate(self) -> float:
-        """The rate at which the layers drop weights in training."""
-        return served.attention_dropout(self.config)
 
     def _place_for_alibi(self, cache: KeyformerCache, real: Tensor) -> None:
         """Tell where ALiBi puts each column, if that is not its token's position."""
@@ -227,7 +241,7 @@ class KeyformerModelMixin(Patched):
         """
         if cache.config.positions == "new" or not self._takes_positions:
             return None
-        if given is None and cache.config.never_evicts and self._counts_tokens:
+        if given is None and cache.config.never_evicts and self.counts_tokens:
             shown = cache.columns.all_shown(len(real), real.device)
             return (shown.cumsum(dim=-1) * shown - 1)[:, -real.shape[1] :]
         return given
@@ -254,10 +268,9 @@ class KeyformerModelMixin(Patched):
         return "position_ids" in _argument_names(type(self))
 
     @property
-    def _counts_tokens(self) -> bool:
+    def counts_tokens(self) -> bool:
         """Whether without position_ids the model counts what the mask shows, as OPT does."""
-        table = getattr(self, "embed_positions", None)
-        return table is not None and "attention_mask" in _argument_names(type(table))
+        return self.config.model_type == "opt"
 
     def _forward_at(
         self,
@@ -267,23 +280,20 @@ class KeyformerModelMixin(Patched):
         inputs: dict[str, Any],
     ) -> Any:
         """The base model's forward, its layers' attention through the cache."""
+        # transformers hands a mask of four dimensions through as it is, and so builds none of
+        # n x n entries.
+        mask = real[:, None, None]
         call = Call(
             cache,
             real,
+            mask,
             output_attentions=served.outputs_attentions(self, inputs),
             rotation=self._rotation(cache, position_ids),
         )
         if position_ids is not None:
             inputs = {**inputs, "position_ids": position_ids}
-        running = CALL.set(call)
-        try:
-            # transformers hands a mask of four dimensions through as it is, and so builds none of
-            # n x n entries.
-            output = super().forward(  # type: ignore[misc]
-                attention_mask=real[:, None, None], **inputs
-            )
-        finally:
-            CALL.reset(running)
+        with running(call):
+            output = super().forward(attention_mask=mask, **inputs)  # type: ignore[misc]
         served.check_layers(self, cache)  # type: ignore[arg-type]
         return output
 
@@ -351,8 +361,9 @@ class KeyformerModelMixin(Patched):
         later = cache.planned(real) - real.shape[1]
         needed = cache.text.length + real.shape[1] + later
         if cache.config.positions == "original" and given is not None:
-            needed = int(given.max()) + 1 + later
-        elif needed > table and (self._counts_tokens or not cache.config.never_evicts):
+            needed = int(given.max()) + 1 + later if given.numel() else 0
+            served.check_least_place(self, given)
+        elif needed > table and (self.counts_tokens or not cache.config.never_evicts):
             needed = cache.places_needed(real)  # counting tokens waits for the device
         if needed > table:
             raise InputError(
@@ -364,13 +375,12 @@ class KeyformerModelMixin(Patched):
 class KeyformerGenerationMixin(Patched):
     """Placed before a ...ForCausalLM: ``generate`` works on a KeyformerCache.
 
-    It does so whatever ``use_cache`` is in the configuration: MPT's checkpoints turn it off, and
-    there is nothing to evict without a cache. Where ``generate`` itself is given
-    ``use_cache=False`` it is transformers' own.
+    Where ``use_cache`` is False it is transformers' own.
     """
 
     config: Any
     get_decoder: Any
+    prepare_inputs_for_generation: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """By name the class is transformers' own: so it is saved, and known to pipelines."""
@@ -389,16 +399,27 @@ class KeyformerGenerationMixin(Patched):
         finally:
             LAST_OUTPUTS.reset(last)
 
-    def _prepare_generation_config(
-        self, generation_config: Any, **kwargs: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        """transformers' own, with a cache unless the call itself asks for none."""
-        given = kwargs.get("use_cache")  # a checkpoint's generation_config may repeat its config
-        prepared, model_kwargs = super()._prepare_generation_config(  # type: ignore[misc]
-            generation_config, **kwargs
-        )
-        prepared.use_cache = given is not False
-        return prepared, model_kwargs
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own; how much it was asked for the cache knows as long as it runs."""
+        cache = kwargs.get("past_key_values")
+        try:
+            output = super().generate(*args, **kwargs)  # type: ignore[misc]
+            cache = getattr(output, "past_key_values", cache)
+            return output
+        finally:
+            if isinstance(cache, KeyformerCache):
+                cache.max_new_tokens = cache.max_length = None
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, which ``generate_batch`` begins with, where nothing is to be evicted.
+
+        Raises
+        ------
+        InputError
+            If the model's method evicts.
+        """
+        served.check_paged(self.get_decoder().keyformer_config)
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
@@ -408,6 +429,8 @@ class KeyformerGenerationMixin(Patched):
                 generation_config, model_kwargs, *args
             )
             return
+        # PEFT's wrapper, where it is there, has put its own in this one's place.
+        served.check_adapter(getattr(self.prepare_inputs_for_generation, "__self__", None))
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             # Gemma's checkpoints ask for a hybrid cache, which this is where layers have windows.
@@ -499,6 +522,15 @@ def patch(model: nn.Module, patches: Patches) -> None:
             _set_class(module, patches[type(module)])
 
 
+def of_subclass(cls: type[nn.Module], patches: Patches) -> Patches:
+    """What takes the place of a user's subclass of a class in ``patches``; nothing if it is none.
+
+    Of attention layers a subclass may compute otherwise, and is none of its class.
+    """
+    stock = next((c for c in cls.__mro__ if c in patches), cls)
+    return {} if stock is cls else {cls: mixed(cls, patches[stock])}
+
+
 def unpatch(model: nn.Module) -> None:
     """Undo :func:`patch`: every module gets back the class that its own was made from."""
     for module in model.modules():
@@ -507,7 +539,8 @@ def unpatch(model: nn.Module) -> None:
 
 def _is_ours(cls: type) -> bool:
     """Whether a class is of this package or a patched model's, or was made by :func:`mixed`."""
-    return "keyformer_mixins" in vars(cls) or cls.__module__.split(".")[0].endswith("keyformer")
+    package = cls.__module__.split(".")[0]
+    return "keyformer_mixins" in vars(cls) or package in ("keyformer", *served.PACKAGES.values())
 
 
 def _set_class(module: nn.Module, new: type[nn.Module]) -> None:

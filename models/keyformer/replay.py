@@ -47,6 +47,8 @@ def replayed(model: nn.Module, arguments: dict[str, Any]) -> ModelOutput | None:
         return None
     if cache.text.length >= cache.text.reserved or cache.observer is not None:
         return None
+    if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in _tensors(cache)):
+        return None  # the step copies them
     mask, columns = arguments.get("attention_mask"), cache.columns
     if not columns.ends_real or not columns.continued_by(mask):
         return None
@@ -86,6 +88,7 @@ def _captured(
         reason = str(error).strip().splitlines()[0]
         warnings.warn(f"decode steps are run, not replayed: {reason}", stacklevel=2)
         cache.replays = False
+        cache.halfway = False
         for text, (length, step) in zip(cache.texts, before, strict=True):
             text.length, text.step = length, step
         for layer in cache.layers:
@@ -145,6 +148,7 @@ class DecodeGraph:
             self.inputs[name].copy_(tensor)
         cache.set_temperature()
         self.graph.replay()
+        cache.halfway = False
         return self.output_type(logits=self.logits.clone(), past_key_values=cache)
 
 
@@ -252,13 +256,16 @@ def _alike(one: Any, other: Any) -> bool:
     )
 
 
-def _addresses(cache: KeyformerCache) -> list[int]:
-    """Where all is that a step reads and writes; a layer's slots are replaced together."""
-    tensors = [cache.tau]
-    if cache.sequences is not None:
-        tensors.append(cache.sequences)
+def _tensors(cache: KeyformerCache) -> list[Tensor]:
+    """All that a step reads and writes; a layer's slots are replaced together."""
+    assert cache.sequences is not None
+    tensors = [cache.tau, cache.sequences]
     for layer in cache.layers:
         tensors += [layer.keys, layer.scores]
     for text in cache.texts:
         tensors += [text.seen, text.budget, text.window, text.frozen_before]
-    return [tensor.data_ptr() for tensor in tensors]
+    return tensors
+
+
+def _addresses(cache: KeyformerCache) -> list[int]:
+    return [tensor.data_ptr() for tensor in _tensors(cache)]

@@ -5,22 +5,39 @@ Everything that Keyformer refuses of a model or of a call is refused here, in on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from keyformer.config import InputError
+from keyformer.cache import model_windows
+from keyformer.config import InputError, KeyformerConfig
 
 if TYPE_CHECKING:
     from keyformer.cache import KeyformerCache
     from keyformer.call import Call
 
+PACKAGES = {
+    "mpt": "mpt_keyformer",
+    "gptj": "gptj_keyformer",
+    "gpt2": "cerebras_keyformer",
+    "bloom": "bloom_keyformer",
+    "falcon": "falcon_keyformer",
+}
+"""By model_type, the packages with a MODEL, PATCHES and make_config: models with an attention of
+their own. All others must have one that goes through transformers' attention interface."""
+
 NOT_THROUGH_INTERFACE = (
     "not all of its layers have an attention that goes through transformers' attention interface"
 )
+ATTENDS_BOTH_WAYS = "its tokens attend to later ones"
+ALWAYS_DECODES = ("gpt_neox", "gpt_neox_japanese")
+"""Models that have an ``is_decoder`` in their configuration and do not look at it."""
+
 SERVED_LAYERS = ("full_attention", "sliding_attention")
 MOVABLE = (
     *("llama", "qwen2", "qwen3", "mistral", "phi3"),
@@ -37,8 +54,11 @@ UNSTEADY = ("dynamic", "longrope")
 OTHER_INPUTS = ("encoder_hidden_states", "encoder_attention_mask", "head_mask")
 """Arguments of transformers' models that change what attention sees, and a cache does not know."""
 
-DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
-"""What configurations call the dropout of attention's weights."""
+NARROW = 8
+"""The width of a window where a model is tried out."""
+
+PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
+"""Kinds of PEFT's adapters that are a cache which is filled already."""
 
 HARMLESS = ("position_ids", "cache_position", "position_embeddings", "token_type_ids")
 """Tensors that layers pass on to their attention and that do not change it."""
@@ -68,7 +88,9 @@ def check_config(config: PreTrainedConfig) -> None:
     elif getattr(config, "use_bidirectional_attention", False) or not getattr(
         config, "is_causal", True
     ):
-        reason = "its tokens attend to later ones"
+        reason = ATTENDS_BOTH_WAYS
+    elif config.model_type not in ALWAYS_DECODES and not getattr(config, "is_decoder", True):
+        reason = f"{ATTENDS_BOTH_WAYS}, unless is_decoder is set"
     elif kinds:
         reason = (
             "it has layers that are neither full nor sliding-window attention, such as state-space"
@@ -99,7 +121,25 @@ def check_model(model: PreTrainedModel) -> list[nn.Module]:
         raise unsupported(name, NOT_THROUGH_INTERFACE)
     if not all(getattr(m, "config", None) is config for m in found):
         raise unsupported(name, NOT_THROUGH_INTERFACE)
+    if not all(getattr(m, "is_causal", True) for m in found):
+        raise unsupported(name, ATTENDS_BOTH_WAYS)
     return found
+
+
+def check_adapter(model: Any) -> None:
+    """Refuse PEFT's wrapper around a model if its adapter is keys and values of its own.
+
+    Raises
+    ------
+    InputError
+        Naming its kind.
+    """
+    adapter = getattr(model, "active_peft_config", None)
+    if (kind := getattr(adapter, "peft_type", None)) in PREFIXES:
+        raise InputError(
+            f"{kind.value} of PEFT cannot be combined with Keyformer: it puts keys and values of"
+            " no token into transformers' own cache"
+        )
 
 
 def check_call(model: Any, cache: KeyformerCache, inputs: dict[str, Any]) -> None:
@@ -119,6 +159,12 @@ def check_call(model: Any, cache: KeyformerCache, inputs: dict[str, Any]) -> Non
     """
     config, text = cache.config, cache.text
     tokens = fed(inputs)
+    windows, own = [layer.window for layer in cache.layers], model_windows(model.config)
+    if windows != own:
+        raise InputError(
+            f"the cache was made for another model: its layers have windows {_brief(windows)}, and"
+            f" those of this {model.config.model_type} {_brief(own)}"
+        )
     mask = inputs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -126,6 +172,16 @@ def check_call(model: Any, cache: KeyformerCache, inputs: dict[str, Any]) -> Non
             f"attention_mask must be (batch, tokens) where a KeyformerCache is used, got {got};"
             " other masks are for calls with use_cache=False"
         )
+    counts = model.counts_tokens and inputs.get("position_ids") is None
+    if mask is not None and (counts or model.alibi == "tokens") and mask.dtype != torch.bool:
+        known = cache.columns.continued_by(mask)
+        if not known and bool(((mask != 0) & (mask != 1)).any()):
+            raise InputError(
+                f"attention_mask must hold zeros and ones alone: a {model.config.model_type} of"
+                " transformers would take other values for places"
+            )
+    if cache.halfway:
+        raise InputError("a forward through this cache was interrupted or failed: reset the cache")
     if text.length and len(text.seen) != len(tokens):
         raise InputError(f"the cache holds {len(text.seen)} sequences and {len(tokens)} were given")
     for name in OTHER_INPUTS:
@@ -133,12 +189,6 @@ def check_call(model: Any, cache: KeyformerCache, inputs: dict[str, Any]) -> Non
             raise InputError(f"{name} cannot be combined with a KeyformerCache")
     if inputs.get("is_causal", True) is False:
         raise InputError("is_causal=False cannot be combined with a KeyformerCache")
-    dropout = model.attention_dropout_rate
-    if model.training and dropout:
-        raise InputError(
-            f"attention dropout {dropout} cannot be combined with a KeyformerCache: call"
-            " model.eval(), set it to 0, or train with use_cache=False"
-        )
     if model.training and model.is_gradient_checkpointing:
         raise InputError(
             "gradient checkpointing cannot be combined with a KeyformerCache: layers that are run"
@@ -194,6 +244,12 @@ def check_columns(cache: KeyformerCache, real: Tensor, position_ids: Tensor | No
         )
 
 
+def check_least_place(model: Any, position_ids: Tensor) -> None:
+    """Refuse places before the first of a model whose layers look them up, as GPT-J's do."""
+    if model.layers_look_up and bool((position_ids < 0).any()):
+        raise InputError(f"position_ids must be at least 0, got {int(position_ids.min())}")
+
+
 def check_taking_back(cache: KeyformerCache, length: int) -> None:
     """Refuse assisted decoding, which takes rejected tokens back, where tokens may be evicted.
 
@@ -211,11 +267,21 @@ def check_taking_back(cache: KeyformerCache, length: int) -> None:
         )
 
 
+def check_paged(config: KeyformerConfig) -> None:
+    """Refuse continuous batching, whose caches are transformers' own, where tokens are evicted."""
+    if not config.never_evicts:
+        raise InputError(
+            "continuous batching takes paged caches of transformers' own, which never evict: use"
+            " generate, the method full, or disable_keyformer"
+        )
+
+
 def check_attention(
     module: nn.Module,
     call: Call,
     key: Tensor,
     value: Tensor,
+    mask: Tensor | None,
     dropout: float,
     sliding_window: int | None,
     others: dict[str, Any],
@@ -226,6 +292,8 @@ def check_attention(
     ----------
     key, value
         What it hands over, which must be what it gave the cache.
+    mask
+        The attention mask that it hands over, which must be the one that the model was given.
     others
         Its further keyword arguments.
     """
@@ -234,11 +302,9 @@ def check_attention(
     handed = call.handed.pop(layer, None)
     if handed is None or handed[0] is not key or handed[1] is not value:
         raise unsupported(name, "it attends to other keys and values than it gives the cache")
-    if dropout:
-        raise InputError(
-            f"attention dropout {dropout} cannot be combined with a KeyformerCache: call"
-            " model.eval() or set it to 0"
-        )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != call.mask.shape):
+        raise unsupported(name, "it makes its own attention mask")
+    check_dropout(dropout)
     if sliding_window is not None and sliding_window != call.cache.layers[layer].window:
         raise unsupported(name, f"layer {layer} has a window that its configuration does not name")
     for other, given in others.items():
@@ -270,13 +336,13 @@ def outputs_attentions(model: Any, inputs: dict[str, Any]) -> bool:
     return bool(model.config.output_attentions if given is None else given)
 
 
-def attention_dropout(config: PreTrainedConfig) -> float:
-    """The rate at which attention drops weights in training, whatever it is called."""
-    for of in (config, getattr(config, "attn_config", None)):
-        for name in DROPOUTS:
-            if rate := getattr(of, name, 0.0):
-                return rate
-    return 0.0
+def check_dropout(rate: float) -> None:
+    """Refuse an attention that drops weights now, at a rate other than 0."""
+    if rate:
+        raise InputError(
+            f"attention dropout {rate} cannot be combined with a KeyformerCache: call"
+            " model.eval(), set it to 0, or train with use_cache=False"
+        )
 
 
 def unsupported(what: str, reason: str) -> InputError:
@@ -284,33 +350,95 @@ def unsupported(what: str, reason: str) -> InputError:
     return InputError(f"{what} is not supported: {reason}")
 
 
+def _brief(windows: list[int | None]) -> str:
+    """How many layers have which window, for a message."""
+    counted = Counter("none" if window is None else str(window) for window in windows)
+    return ", ".join(f"{window} ({count})" for window, count in counted.items())
+
+
 def _kinds(rope_type: Any) -> Iterable[str]:
     return rope_type.values() if isinstance(rope_type, dict) else (rope_type,)
 
 
 @torch.no_grad()
-def try_out(model: PreTrainedModel, cache: KeyformerCache) -> None:
-    """Feed a model that nobody has tested a few tokens.
+def try_out(model: PreTrainedModel, make_cache: Callable[[], Cache]) -> Tensor:
+    """Feed a model that nobody has tested a few tokens, with padding and then a masked past.
+
+    Parameters
+    ----------
+    make_cache
+        Gives the cache to feed; called where windows are narrow, so that the text goes beyond.
+
+    Returns
+    -------
+    Tensor
+        (2 forwards, 2 sequences, tokens, hidden_size): the decoder's outputs for the last tokens.
 
     Raises
     ------
     InputError
-        If its layers hand their attention something else than a cache takes.
+        If the tokens cannot be fed, as where its layers hand their attention something else than
+        a cache takes.
     """
-    if model.device.type == "meta":
-        return
-    name = type(model).__name__
     trained = [module for module in model.modules() if module.training]
     model.eval()
+    vocabulary, padding = model.config.vocab_size, getattr(model.config, "pad_token_id", None)
+    ids = torch.arange(6 * NARROW, device=model.device).view(2, -1) % vocabulary
+    if padding is not None:  # some models tell by the token that it has no place
+        ids = torch.where(ids == padding, (ids + 1) % vocabulary, ids)
+    mask = torch.ones_like(ids)
+    mask[0, : NARROW // 2] = 0
+    outputs = []
     try:
-        for tokens in (3, 1):
-            ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
-            model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+        with _narrow_windows(model):
+            cache = make_cache()
+            for start, end in ((0, 2 * NARROW), (2 * NARROW, 3 * NARROW)):
+                output = model.get_decoder()(
+                    input_ids=ids[:, start:end],
+                    attention_mask=mask[:, :end],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                outputs.append(output.last_hidden_state[:, -NARROW:])
+                mask[1, NARROW : 2 * NARROW] = 0
     except InputError:
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise unsupported(name, f"a first token could not be fed: {reason}") from error
+        raise unsupported(
+            type(model).__name__, f"a first token could not be fed: {reason}"
+        ) from error
     finally:
         for module in trained:
             module.training = True
+    return torch.stack(outputs).float()
+
+
+def check_outputs(model: PreTrainedModel, expected: Tensor, got: Tensor) -> None:
+    """Compare what :func:`try_out` gave with transformers' own cache and with a KeyformerCache.
+
+    A few tokens may differ by more than rounding, as where experts are chosen by a hair.
+
+    Raises
+    ------
+    InputError
+        If most of a sequence's tokens do.
+    """
+    apart = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
+    if (most := float(apart.median(dim=-1).values.max())) > torch.finfo(model.dtype).eps ** 0.5:
+        reason = "with a KeyformerCache it gives other logits than transformers' own"
+        raise unsupported(type(model).__name__, f"{reason} ({most:.1g} apart)")
+
+
+@contextmanager
+def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Within, no window of the model is wider than NARROW."""
+    wide = [(one, vars(one).get("sliding_window")) for one in (model.config, *model.modules())]
+    wide = [(one, window) for one, window in wide if (window or 0) > NARROW]
+    try:
+        for one, _ in wide:
+            one.sliding_window = NARROW
+        yield
+    finally:
+        for one, window in wide:
+            one.sliding_window = window

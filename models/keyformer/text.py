@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
@@ -345,6 +346,7 @@ class Text:
         real
             (batch, tokens) bool, False for padding.
         """
+        make_writable(self, self._per_sequence)
         tokens = real.shape[1]
         starts_prompt = tokens > 1 or not self.length
         if starts_prompt and self.length >= self.prompt_end:
@@ -368,7 +370,7 @@ class Text:
         budgets = self.budget.tolist()
         windows = [self.config.recent_window(k) for k in budgets]
         self.window = torch.tensor(windows, device=real.device)
-        self.largest_budget = max(budgets)
+        self.largest_budget = max(budgets, default=1)
         self.first_prompt = real.shape[1]
         self.frozen_before = self.window_start(lengths)
         self.seen = torch.zeros_like(lengths)
@@ -384,6 +386,7 @@ class Text:
 
         The columns are those of before; budgets stay.
         """
+        make_writable(self, self._per_sequence)
         self.seen -= self.columns.tokens_from(length).to(self.seen.device)
         self.length = length
         self.first_prompt = min(self.first_prompt, max(1, length))
@@ -458,6 +461,7 @@ class Text:
         """Take the sequences ``index`` (batch,) instead; in place if they are as many."""
         if not self.first_prompt:
             return
+        make_writable(self, self._per_sequence)
         index = index.to(self.seen.device, torch.int64)
         for name in ("seen", "budget", "window", "frozen_before"):
             old = getattr(self, name)
@@ -465,6 +469,19 @@ class Text:
             setattr(self, name, old.copy_(taken) if taken.shape == old.shape else taken)
         same = index[:, None] == index
         self.shared = torch.where(same, self.seen, self.shared[index[:, None], index])
+
+
+def make_writable(holder: object, names: Iterable[str]) -> None:
+    """Copy those attributes that are tensors of torch's inference mode, where it has ended.
+
+    Outside of it they could neither be changed in place nor saved for gradients.
+    """
+    if torch.is_inference_mode_enabled():
+        return
+    for name in names:
+        tensor = getattr(holder, name, None)
+        if tensor is not None and tensor.is_inference():
+            setattr(holder, name, tensor.clone())
 
 
 def _after(first: Tensor, real: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, MptConfig
 from transformers.models.mpt.modeling_mpt import (
@@ -62,7 +64,13 @@ class MptKeyformerAttention(MptAttention):
         joined = joined.view(batch, tokens, 3, self.n_heads, self.head_dim)
         query, key, value = joined.permute(2, 0, 3, 1, 4)
         output, weights = attend(
-            self.layer_idx, query, key, value, scale=self.softmax_scale, alibi_slopes=position_bias
+            self.layer_idx,
+            query,
+            key,
+            value,
+            scale=self.softmax_scale,
+            alibi_slopes=position_bias,
+            dropout=self.attn_dropout_p if self.training else 0.0,
         )
         return self.out_proj(output), weights
 
@@ -71,7 +79,6 @@ class MptKeyformerModel(KeyformerModelMixin, MptModel):
     """The layers of MPT over a KeyformerCache."""
 
     alibi = "columns"
-    alibi_slopes: Tensor | None = None
 
     def build_mpt_alibi_tensor(
         self, num_heads: int, sequence_length: int, alibi_bias_max: int = 8, device: Any = None
@@ -84,11 +91,14 @@ class MptKeyformerModel(KeyformerModelMixin, MptModel):
         if CALL.get() is None:
             bias_max = self.config.attn_config.alibi_bias_max
             return super().build_mpt_alibi_tensor(num_heads, sequence_length, bias_max, device)
-        if self.alibi_slopes is None or self.alibi_slopes.device != device:
-            bias_max = self.config.attn_config.alibi_bias_max
-            bias = build_mpt_alibi_tensor(num_heads, 2, bias_max, device=device)
-            self.alibi_slopes = -bias[:, 0, 0]  # kept: every step asks for them
-        return self.alibi_slopes
+        return alibi_slopes(num_heads, self.config.attn_config.alibi_bias_max, device)
+
+
+@functools.cache
+def alibi_slopes(heads: int, bias_max: int, device: Any) -> Tensor:
+    """Kept, as every step asks for them: (heads,) float32."""
+    with torch.inference_mode(False):
+        return -build_mpt_alibi_tensor(heads, 2, bias_max, device=device)[:, 0, 0]
 
 
 class MptKeyformerForCausalLM(KeyformerGenerationMixin, MptForCausalLM):

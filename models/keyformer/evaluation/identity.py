@@ -20,7 +20,7 @@ import torch
 from transformers.utils import cached_file
 
 from keyformer.config import InputError
-from keyformer.integration import PACKAGES
+from keyformer.served import PACKAGES
 
 Settings = dict[str, Any]
 
