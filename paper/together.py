@@ -1,8 +1,8 @@
 """Run several scripts of this folder as one: python paper/together.py [flags] < commands
 
 A command is a script's name with its flags, one a line; the flags given here follow those of each.
-What the scripts measure comes from one queue, so that --jobs processes are busy to the end, and
-what two of them measure is measured once.
+What the scripts measure is one list, which processes of `accelerate launch` share, and what two of
+them measure is measured once.
 """
 
 from __future__ import annotations

@@ -282,4 +282,4 @@ def test_table_2(model_path, tmp_path, capsys, monkeypatch) -> None:
 def test_accuracy_is_of_multiple_choice_tasks(model_path) -> None:
     measure = Accuracy(model_path, "float32", "tiny", shots=0, limit=1, bs=1)
     with pytest.raises(InputError, match="'tiny' is not one of multiple choice"):
-        measure(KeyformerConfig.preset("full"), torch.device("cpu"))
+        measure(KeyformerConfig.preset("full"), torch.device("cpu"), [0])
