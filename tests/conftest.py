@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from keyformer import KeyformerConfig, enable_keyformer
+from keyformer.evaluation import flags
 
 torch.set_num_threads(1)
 
@@ -115,3 +116,14 @@ def padded() -> dict[str, torch.Tensor]:
     for row, padding in enumerate((11, 0, 3)):
         attention_mask[row, :padding] = 0
     return {"input_ids": input_ids * attention_mask, "attention_mask": attention_mask}
+
+
+@pytest.fixture(autouse=True)
+def store_of_its_own(monkeypatch, tmp_path_factory):
+    """Every command of a test computes anew unless it names a --store; none writes into out/."""
+    given = flags.store_flags
+
+    def store_flags(parser, store) -> None:
+        given(parser, store and tmp_path_factory.mktemp("store") / "finished.sqlite")
+
+    monkeypatch.setattr(flags, "store_flags", store_flags)
