@@ -9,10 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import make_table
-
 from keyformer.config import InputError
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.results import (
@@ -24,9 +20,17 @@ from keyformer.evaluation.results import (
 from keyformer.evaluation.store import Store
 from keyformer.integration import PACKAGES, check_device
 from keyformer.quantize import weight_bytes
-from keyformer_lm_eval.harness import evaluate, find_tasks
-from keyformer_lm_eval.model import KeyformerLM
-from keyformer_lm_eval.processes import processes
+
+try:
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+
+    from keyformer_lm_eval.harness import evaluate, find_tasks
+    from keyformer_lm_eval.model import KeyformerLM
+    from keyformer_lm_eval.processes import processes
+except ModuleNotFoundError as error:
+    flag.stop_without(error, extra="lm_eval")
 
 OUT = Path(__file__).parent / "out"
 TYPES = {package.removesuffix("_keyformer"): name for name, package in PACKAGES.items()}

@@ -5,17 +5,4 @@
 # Flags are passed to each script. What was measured before a stop is not measured again.
 # table2.py, which needs lm-eval, runs by itself.
 set -euo pipefail
-${PYTHON:-python} "$(dirname "$0")/together.py" "$@" <<'COMMANDS'
-fig8.py
-beyond.py
-fig7.py --task summarization conversation
-fig3.py
-fig4.py
-table3.py
-table4.py
-fig5.py
-key_set.py
-recent_ratio.py
-temperature.py
-cache_dtype.py
-COMMANDS
+${PYTHON:-python} "$(dirname "$0")/together.py" "$(dirname "$0")/all.txt" "$@"

@@ -1,6 +1,7 @@
-"""Run several scripts of this folder as one: python paper/together.py [flags] < commands
+"""Run several scripts of this folder as one: python paper/together.py COMMANDS [flags]
 
-A command is a script's name with its flags, one a line; the flags given here follow those of each.
+COMMANDS is a file with a command a line, a script's name with its flags; the flags given here
+follow those of each.
 What the scripts measure is one list, which processes of `accelerate launch` share, and what two of
 them measure is measured once.
 """
@@ -19,10 +20,14 @@ from keyformer.evaluation.sweep import carry_out
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read commands from standard input and carry them out."""
-    flags = sys.argv[1:] if argv is None else argv
+    """Read commands and carry them out."""
+    path, *flags = (sys.argv[1:] if argv is None else argv) or [""]
+    try:
+        commands = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read commands from {path!r}: {error}") from error
     studies = []
-    for line in sys.stdin:
+    for line in commands:
         name, *own = shlex.split(line) or [""]
         script = Path(__file__).with_name(name)
         if script.suffix != ".py" or not script.exists():

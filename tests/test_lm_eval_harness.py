@@ -283,3 +283,9 @@ def test_accuracy_is_of_multiple_choice_tasks(model_path) -> None:
     measure = Accuracy(model_path, "float32", "tiny", shots=0, limit=1, bs=1)
     with pytest.raises(InputError, match="'tiny' is not one of multiple choice"):
         measure(KeyformerConfig.preset("full"), torch.device("cpu"), [0])
+
+
+def test_b10_more_examples_than_a_task_has(model_path, tmp_path) -> None:
+    flags = ["--model_path", model_path, "--tasks", "tiny_copa", "--limit", "1", "--device", "cpu"]
+    with pytest.raises(InputError, match="num_fewshot 900 is more than the examples"):
+        harness.main([*flags, "--out", str(tmp_path), "--num_fewshot", "900"])

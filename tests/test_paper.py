@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
@@ -319,10 +318,13 @@ def test_bad_input_of_one_script(flags, name, more, says) -> None:
         run(name, [*flags, *more])
 
 
-def test_together_takes_scripts_alone(monkeypatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("conftest.py\n"))
+def test_together_takes_scripts_alone(tmp_path) -> None:
+    commands = tmp_path / "commands.txt"
+    commands.write_text("conftest.py\n")
     with pytest.raises(InputError, match=r"conftest\.py"):
-        script("paper", "together").main([])
+        script("paper", "together").main([str(commands)])
+    with pytest.raises(InputError, match=r"cannot read commands from 'no\.txt'"):
+        script("paper", "together").main(["no.txt"])
 
 
 def test_a_file_of_something_else_is_not_overwritten(flags, tmp_path) -> None:

@@ -63,7 +63,7 @@ def evaluate(
     Raises
     ------
     InputError
-        If a task's dataset cannot be read.
+        If a task's dataset cannot be read, or has fewer examples than are asked for.
     """
     try:
         results = simple_evaluate(
@@ -73,6 +73,12 @@ def evaluate(
             task_manager=manager,
             **options,
         )
+    except ValueError as error:
+        if "larger than population" not in str(error):
+            raise
+        raise InputError(
+            f"num_fewshot {shots} is more than the examples that {', '.join(names)} have"
+        ) from error
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"cannot read the data of {', '.join(names)}: {reason}") from error
