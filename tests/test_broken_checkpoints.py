@@ -644,7 +644,7 @@ def test_b4_in_every_script_it_is_one_line(
     with pytest.raises(SystemExit) as stopped:
         run_main(run)
     printed = capfd.readouterr().err.splitlines()
-    lines = [line for line in printed if line and "run/s" not in line]  # a study's progress bar
+    lines = [line for line in printed if line and "item/s" not in line]  # a study's progress bar
     assert stopped.value.code == 2
     assert len(lines) == 1 and lines[0].startswith(f"{file}.py: error: cannot load a model from ")
     assert "transformer.norm_f.weight" in lines[0]

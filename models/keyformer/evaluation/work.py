@@ -70,7 +70,7 @@ def finish(
     device: torch.device,
     *,
     resume: bool = True,
-    unit: str = "it",
+    unit: str = "item",
 ) -> int:
     """See to it that every item has a result in the store; return how many had one before.
 
