@@ -183,7 +183,9 @@ class KeyformerModelMixin(Patched):
         """
         inputs = {**dict(zip(_argument_names(type(self)), args, strict=False)), **kwargs}
         cache = self._cache_for(inputs)
-        if cache is None:
+        if cache is None and CALL.get() is None:
+            return super().forward(**inputs)  # type: ignore[misc]
+        if cache is None:  # within another model's forward, or an earlier one of its own
             with running(None):
                 return super().forward(**inputs)  # type: ignore[misc]
         for name in ("input_ids", "position_ids"):

@@ -424,8 +424,10 @@ def check_outputs(model: PreTrainedModel, expected: Tensor, got: Tensor) -> None
     InputError
         If most of a sequence's tokens do.
     """
+    dtype = torch.bfloat16 if getattr(model, "hf_quantizer", None) else model.dtype
     apart = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
-    if (most := float(apart.median(dim=-1).values.max())) > torch.finfo(model.dtype).eps ** 0.5:
+    most = float(apart.median(dim=-1).values.max())
+    if expected.isfinite().all() and not most <= torch.finfo(dtype).eps ** 0.5:
         reason = "with a KeyformerCache it gives other logits than transformers' own"
         raise unsupported(type(model).__name__, f"{reason} ({most:.1g} apart)")
 
