@@ -453,6 +453,8 @@ class Recording:
         graph, text, layers = self.cache.graph, self.cache.text, self.cache.layers
         counted = text.length, text.step
         text.length, text.step = counted[0] - 1, counted[1] - 1
+        self.cache.columns.length -= 1
+        self.cache.halfway = False
         for layer in layers:
             layer.length -= 1
         inputs = {**graph.inputs, "attention_mask": graph.mask}

@@ -35,7 +35,7 @@ from keyformer.checkpoint import (
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.gguf import checkpoint_folder, forget_gguf, gguf_file, is_gguf, unpacking
 from keyformer.interface import make_patches, switch_attention, switch_back
-from keyformer.modeling import KeyformerGenerationMixin, of_subclass, patch, unpatch
+from keyformer.modeling import KeyformerGenerationMixin, of_subclass, patch, turn_cache_on, unpatch
 from keyformer.quantize import quantization_config, quantize_transposed
 from keyformer.served import (
     PACKAGES,
@@ -186,7 +186,7 @@ def enable_keyformer(model: Model, config: KeyformerConfig | None = None) -> Mod
     if not _evicts(inner):
         _make_evict(inner)
     if "keyformer_config" not in vars(inner.get_decoder()):  # the first time
-        _use_cache(inner)
+        turn_cache_on(inner)
     inner.get_decoder().keyformer_config = config or KeyformerConfig()
     return model
 
@@ -214,16 +214,6 @@ def _make_evict(model: PreTrainedModel) -> None:
     except InputError:
         disable_keyformer(model)
         raise
-
-
-def _use_cache(model: PreTrainedModel) -> None:
-    """Let ``generate`` use a cache though the checkpoint's files say otherwise, as MPT's do.
-
-    What is set from now on counts.
-    """
-    if model.generation_config.use_cache is False:
-        model.generation_config.use_cache = True
-        model.keyformer_turned_cache_on = True
 
 
 def disable_keyformer(model: Model) -> Model:

@@ -374,6 +374,16 @@ class KeyformerModelMixin(Patched):
             )
 
 
+def turn_cache_on(model: Any) -> None:
+    """Let ``generate`` use a cache though the checkpoint's files say otherwise, as MPT's do.
+
+    What is set from now on counts.
+    """
+    if model.generation_config.use_cache is False:
+        model.generation_config.use_cache = True
+        model.keyformer_turned_cache_on = True
+
+
 class KeyformerGenerationMixin(Patched):
     """Placed before a ...ForCausalLM: ``generate`` works on a KeyformerCache.
 
@@ -388,6 +398,13 @@ class KeyformerGenerationMixin(Patched):
         """By name the class is transformers' own: so it is saved, and known to pipelines."""
         super().__init_subclass__(**kwargs)
         cls.__name__ = stock_class(cls).__name__
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, with :func:`turn_cache_on`."""
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        turn_cache_on(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, with the decode steps of ``generate`` replayed on a GPU."""
