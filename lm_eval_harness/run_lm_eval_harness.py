@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from keyformer.config import InputError
 from keyformer.evaluation import flags as flag
+from keyformer.evaluation.processes import processes
 from keyformer.evaluation.results import (
     check_record,
     peak_memory_bytes,
-    run_record,
+    record,
     write_json,
 )
 from keyformer.evaluation.store import Store
@@ -28,7 +32,6 @@ try:
 
     from keyformer_lm_eval.harness import evaluate, find_tasks
     from keyformer_lm_eval.model import KeyformerLM
-    from keyformer_lm_eval.processes import processes
 except ModuleNotFoundError as error:
     flag.stop_without(error, extra="lm_eval")
 
@@ -42,23 +45,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(argv)
     method, config = flag.method_config(flags)
     settings = {**asdict(config), "seed": flags.seed}
-    check_record(flags.out / "record.json")
+    check_record(flags.out / "record.json", store=flags.store)
     manager = find_tasks(flags.tasks)
-    store = Store(flags.store)
-    lm = load(flags, method, settings)
-    lm.store, lm.resume = store, flags.resume
-    tracker = EvaluationTracker(output_path=str(flags.out))
-    try:
-        results = run(flags, lm, manager, method, settings, tracker)
-    except KeyboardInterrupt as stop:
-        told = f"finished requests are kept in {store.path}, and the same command goes on"
-        raise type(stop)(told) from stop
-    finally:
-        store.close()
+    with closing(Store(flags.store)) as store:
+        lm = load(flags, method, settings)
+        lm.store, lm.resume = store, flags.resume
+        tracker = EvaluationTracker(output_path=str(flags.out))
+        try:
+            results = run(flags, lm, manager, method, settings, tracker)
+        except KeyboardInterrupt as stop:
+            told = f"finished requests are kept in {store.path}, and the same command goes on"
+            raise type(stop)(told) from stop
+        # Of all processes: each has asked its share.
+        came = record(store.sources(gather_object(lm.keys)))
+        kept = sum(gather_object([lm.kept]))
     if not results:
         return
     samples = results.pop("samples")
-    record = {
+    written = {
         "model": flags.model_name,
         "method": method,
         "config": settings,
@@ -66,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "quantize": flags.quantize,
         "weight_bytes": weight_bytes(lm.model),
         **{name: getattr(flags, name) for name in ("tasks", "num_fewshot", "limit", "bs", "seed")},
-        **run_record(lm.device),
+        **came,
         "processes": lm.world_size,
-        "requests_from_store": lm.kept,
+        "requests_from_store": kept,
         "lm_eval": version("lm_eval"),
         "peak_memory_bytes": peak_memory_bytes(lm.device),
         "results": results["results"],
@@ -77,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, of_task in samples.items():
         tracker.save_results_samples(task_name=task, samples=of_task)
-    write_json(flags.out / "record.json", record)
+    write_json(flags.out / "record.json", written)
     print(f"results, samples and record in {flags.out}")
 
 

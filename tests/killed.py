@@ -1,11 +1,13 @@
-"""Lets a script die at random moments, and starts it again: python killed.py DEATHS SCRIPT ...
+"""Lets a script die at random moments and starts it again: killed.py DEATHS STORE SCRIPT ...
 
-A child of this process runs the script, so that torch is imported once. The last life ends by
-itself; its exit code is this one's.
+A child of this process runs the script, so that torch is imported once. A life that is done before
+it dies leaves nothing to kill: the next one begins without the STORE. The last one ends by itself;
+its exit code is this one's.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import random
 import runpy
@@ -17,6 +19,9 @@ import torch
 
 import keyformer.evaluation.study  # noqa: F401  (imported once, for all lives)
 import keyformer_lm_eval.harness  # noqa: F401
+
+LONGEST = 1.5
+"""Seconds that a life has at most before it is killed."""
 
 
 def life(command: list[str]) -> int:
@@ -33,25 +38,24 @@ def life(command: list[str]) -> int:
     return child
 
 
-def main(deaths: int, command: list[str]) -> int:
-    """Kill as often, each time a moment later than one batch takes at most, then let it end."""
+def main(deaths: int, store: str, command: list[str]) -> int:
+    """Kill as often, then let it end."""
     torch.set_num_threads(1)
     drawn = random.Random(0)
-    died, longest = 0, 0.5
+    died = 0
     while died < deaths:
-        began = time.monotonic()
         child = life(command)
-        time.sleep(drawn.uniform(0, longest))
-        if os.waitpid(child, os.WNOHANG) != (0, 0):  # it was done: nothing left to kill
-            break
+        time.sleep(drawn.uniform(0, LONGEST))
+        if os.waitpid(child, os.WNOHANG) != (0, 0):
+            for file in glob.glob(f"{store}*"):
+                os.remove(file)
+            continue
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         died += 1
-        longest = min(longest * 1.2, 3.0) if time.monotonic() - began < 3 else longest
-    print(died)
     _, status = os.waitpid(life(command), 0)
     return os.waitstatus_to_exitcode(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))

@@ -315,6 +315,16 @@ def test_b2_outputs_that_would_replace_something_are_refused(
     assert contents() == before and (tmp_path / "link").is_symlink()
 
 
+@pytest.mark.parametrize("flag", ["--save_path", "--score_path"])
+def test_b2_the_store_is_another_file(flag, model_path, tmp_path, refused) -> None:
+    (tmp_path / "data.json").write_text(json.dumps([ITEM]))
+    path = str(tmp_path / "both")
+    more = [flag, path, "--store", path, "--model_path", "nowhere"]
+    line = refused("summarization", "summarize", *arguments(model_path, tmp_path, *more))
+    assert "must be different files" in line and "nowhere" not in line
+    assert not (tmp_path / "both").exists()
+
+
 def test_b2_the_same_command_works_again_and_others_files_stay(
     summarize, tmp_path, model_path, refused
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -289,3 +290,17 @@ def test_b10_more_examples_than_a_task_has(model_path, tmp_path) -> None:
     flags = ["--model_path", model_path, "--tasks", "tiny_copa", "--limit", "1", "--device", "cpu"]
     with pytest.raises(InputError, match="num_fewshot 900 is more than the examples"):
         harness.main([*flags, "--out", str(tmp_path), "--num_fewshot", "900"])
+
+
+def test_b13_the_record_names_where_requests_were_answered(model_path, tmp_path) -> None:
+    flags = ["--model_path", model_path, "--tasks", "tiny_copa", "--device", "cpu"]
+    flags += ["--out", str(tmp_path / "out"), "--store", str(tmp_path / "s.sqlite")]
+    harness.main([*flags, "--limit", "1"])
+    first = json.loads((tmp_path / "out" / "record.json").read_text())
+    with sqlite3.connect(tmp_path / "s.sqlite") as connection:
+        connection.execute("UPDATE sources SET source = ?", [json.dumps({"commit": "old"})])
+    harness.main([*flags, "--limit", "3"])
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert "elsewhere" not in first and first["requests_from_store"] == 0
+    assert record["elsewhere"] == [{"items": 1, "commit": "old"}]
+    assert record["commit"] == first["commit"] and record["requests_from_store"] == 1

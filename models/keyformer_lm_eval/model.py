@@ -30,10 +30,11 @@ from keyformer.config import UNLIMITED, InputError, KeyformerConfig
 from keyformer.evaluation.identity import (
     Settings,
     environment,
-    item_key,
+    item_keys,
     noise_id,
     weights_hash,
 )
+from keyformer.evaluation.processes import processes
 from keyformer.evaluation.results import source
 from keyformer.evaluation.store import Store
 from keyformer.evaluation.work import LOOK
@@ -41,7 +42,7 @@ from keyformer.integration import check_device, enable_keyformer, load_model
 from keyformer.modeling import position_inputs
 from keyformer.quantize import weight_bytes
 from keyformer_lm_eval import register
-from keyformer_lm_eval.processes import processes, share_alike
+from keyformer_lm_eval.processes import share_alike
 
 LOGGER = logging.getLogger(__name__)
 
@@ -98,8 +99,8 @@ class KeyformerLM(HFLM):
         Where finished requests are kept and looked up; at first one in memory.
     resume
         Whether what the store has counts.
-    kept
-        How many of the requests so far were in the store.
+    keys, kept
+        What the answers so far are kept under, and how many of them were in the store before.
 
     Raises
     ------
@@ -160,7 +161,9 @@ class KeyformerLM(HFLM):
                 prefix_token_id=prefix_token_id,
             )
         self.pretrained = pretrained
-        self.store, self.resume, self.kept = Store(None), True, 0
+        self.store, self.resume = Store(None), True
+        self.keys: list[str] = []
+        self.kept = 0
         self._loaded = {"quantize": quantize, "fast tokenizer": use_fast_tokenizer}
         if shared:
             share_alike()
@@ -388,11 +391,12 @@ class KeyformerLM(HFLM):
         run
             Called with some of the items and how many sequences a forward call may have.
         """
-        settings = self._setting(kind)
-        keys = [item_key(settings, item) for item in items]
+        keys = item_keys(self._setting(kind), items)
+        here = source(self.device)
         if not self.resume:
             self.store.forget(keys)
         done = self.store.done(keys)
+        self.keys += keys
         self.kept += sum(key in done for key in keys)
         with tqdm(
             total=len(items), desc="Keyformer", disable=disable_tqdm or self.rank != 0
@@ -415,9 +419,7 @@ class KeyformerLM(HFLM):
                     release_memory()  # after the error is gone, which holds on to tensors
                     continue
                 found = zip(taken, results, strict=True)
-                self.store.add(
-                    {keys[at]: {"answer": answer} for at, answer in found}, source(self.device)
-                )
+                self.store.add({keys[at]: {"answer": answer} for at, answer in found}, here)
                 done |= claimed
             bar.update(len(items) - bar.n)
         answers = self.store.results(keys)

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import timedelta
 from functools import cache
 from typing import Any
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from lm_eval.api.filter import FilterEnsemble
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 
 from keyformer.config import InputError
-
-
-def processes() -> PartialState:
-    """This process among those launched together, of which each has a device of its own.
-
-    As lm-eval's "hf" model has it, they wait for each other as long as it takes. Unlike there,
-    they are found on machines without a GPU too.
-    """
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=on_cpu, timeout=timedelta(weeks=52))
 
 
 @cache

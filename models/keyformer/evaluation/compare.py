@@ -51,7 +51,7 @@ def compare(
     task = TASKS[task_name]
     flags = parse(argv, description, task, here)
     if flags.record:
-        check_record(flags.record)
+        check_record(flags.record, store=flags.store)
     settings = list(rows(flags))
     items = sample(load_items(flags.dataset_path, task), flags.n_obs, seed=0)
     store = Store(flags.store)

@@ -31,9 +31,10 @@ LOADERS = ("keyformer.integration", *PACKAGES.values())
 """What loads and computes every model."""
 
 
-def item_key(settings: Settings, item: Any) -> str:
-    """What a result of an item (JSON-like) under these settings is kept under."""
-    return digest([settings, item])
+def item_keys(settings: Settings, items: Iterable[Any]) -> list[str]:
+    """What results of items (JSON-like) under these settings are kept under."""
+    common = digest(settings)
+    return [digest([common, item]) for item in items]
 
 
 def digest(content: Any) -> str:
@@ -87,8 +88,13 @@ def code_hash(*modules: str) -> str:
 
 
 def _source(name: str) -> Path | None:
-    """The file of a module of this project; None if it is another's."""
-    spec = find_spec(name) if name.split(".")[0] in _project() else None
+    """The file of a module of this project; None if it is another's, or no module."""
+    if name.split(".")[0] not in _project():
+        return None
+    try:
+        spec = find_spec(name)
+    except ModuleNotFoundError:  # its parent is a module, no package
+        return None
     return Path(spec.origin) if spec is not None and spec.origin else None
 
 
@@ -105,17 +111,7 @@ def _imported(tree: ast.AST) -> Iterable[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
             # What is imported from a package may be a module.
-            for alias in node.names:
-                if (Path(*node.module.split(".")) / alias.name).parts[0] in _project():
-                    yield from _if_module(f"{node.module}.{alias.name}")
-
-
-def _if_module(name: str) -> Iterable[str]:
-    try:
-        if find_spec(name) is not None:
-            yield name
-    except ModuleNotFoundError:  # its parent is a module, no package
-        return
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def _without_docstrings(tree: ast.Module) -> str:

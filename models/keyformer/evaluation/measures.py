@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 import torch
@@ -103,6 +104,11 @@ class Rouge(OnItems):
 
     depends_on = ("dtype", "task", "bs", "beam", "max_new_tokens")
     metrics: ClassVar[tuple[str, ...]] = ("rouge1", "rouge2", "rougeL")
+
+    @property
+    def setting(self) -> Settings:
+        """What the results depend on, the packages that score among it."""
+        return {**super().setting, **{name: version(name) for name in ("rouge-score", "nltk")}}
 
     @property
     def calls(self) -> int:

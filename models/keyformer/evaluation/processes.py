@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from keyformer.config import InputError
 from keyformer.evaluation.store import Result, Source, Store
@@ -22,8 +22,11 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def processes(device: str | None) -> PartialState:
+def processes(device: str | None = None) -> PartialState:
     """accelerate's view of the processes that share the work, this one among them.
+
+    Each has a device of its own; on machines without a GPU, or where accelerate was told so, they
+    share the CPU.
 
     Parameters
     ----------
@@ -41,13 +44,16 @@ def processes(device: str | None) -> PartialState:
             f"--device {device}: each of several processes takes a device of its own; say"
             f" {device.split(':')[0]}, or nothing"
         )
-    return PartialState(cpu=check_device(device).type == "cpu", timeout=LONGEST)
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or check_device(device).type == "cpu"
+    return PartialState(cpu=on_cpu, timeout=LONGEST)
 
 
 def own_device(device: str | None) -> torch.device:
     """Where this process's model goes."""
     state = processes(device)
-    return state.device if state.num_processes > 1 else check_device(device)
+    if state.num_processes > 1:
+        return state.device
+    return check_device("cpu" if state.device.type == "cpu" else device)
 
 
 def machine() -> tuple[int, int]:

@@ -57,7 +57,12 @@ def check_writable(path: str | Path, *, folder: bool = False) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def check_record(path: str | Path, *files: str | Path, script: str | None = None) -> None:
+def check_record(
+    path: str | Path,
+    *files: str | Path,
+    script: str | None = None,
+    store: str | Path | None = None,
+) -> None:
     """Make sure that a record and the files it goes with can be written, and nothing else is lost.
 
     What is there already may be replaced if the same script wrote it: a record whose command
@@ -68,6 +73,8 @@ def check_record(path: str | Path, *files: str | Path, script: str | None = None
     ----------
     script
         By default the one that runs.
+    store
+        That of finished items, which must be another file than all of them.
 
     Raises
     ------
@@ -79,8 +86,9 @@ def check_record(path: str | Path, *files: str | Path, script: str | None = None
     for output in outputs:
         check_writable(output)
     kept = [output for output in outputs if not _is_stream(output)]
-    if len({os.path.realpath(output) for output in kept}) < len(kept):
-        raise InputError(f"the outputs {', '.join(map(str, kept))} must be different files")
+    distinct = kept if store is None else [*kept, store]
+    if len({os.path.realpath(output) for output in distinct}) < len(distinct):
+        raise InputError(f"the outputs {', '.join(map(str, distinct))} must be different files")
     record = _record_of(Path(path), script)
     for output in kept:
         listed = record is not None and (output == kept[0] or _lists(record, output))

@@ -129,6 +129,7 @@ def generation(
     """
     draws = config.draws_noise or options.get("do_sample", False)
     config = replace(config, seed=seed if config.draws_noise else None)
+    at_a_time = 1 if options.get("do_sample") else flags.bs
 
     def compute(items: Sequence[int]) -> list[Result]:
         more = dict(options)
@@ -140,7 +141,7 @@ def generation(
             tokenizer,
             [prompts[item] for item in items],
             config,
-            batch_size=flags.bs,
+            batch_size=at_a_time,
             seed=seed,
             **more,
         )
@@ -161,7 +162,7 @@ def generation(
         },
         items=prompts,
         compute=compute,
-        batch_size=flags.bs,
+        batch_size=at_a_time,
         costs=None if attentions else [len(prompt) for prompt in prompts],
     )
 
@@ -191,7 +192,7 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     saves_attentions = flags.save_attentions or flags.save_prompt_attentions
     if saves_attentions:
         check_attentions(flags.attentions_path)
-    check_record(flags.score_path, flags.save_path)
+    check_record(flags.score_path, flags.save_path, store=flags.store)
     items = sample(load_items(flags.dataset_path, task), flags.n_obs, flags.seed)
     store = Store(flags.store)
     model, tokenizer = load(flags)

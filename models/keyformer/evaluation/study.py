@@ -130,7 +130,7 @@ class Study:
         parts = {path.stem.removeprefix(name) for path in flags.out.glob(f"{name}[a-z].*")}
         for part in ("", *sorted(parts)):
             written, *files = (self._file(kind, part) for kind in ("json", "csv", "png", "svg"))
-            check_record(written, *files, script=f"{name}.py")
+            check_record(written, *files, script=f"{name}.py", store=flags.store)
         self.items = self._load(items) if generates else {}
 
     def _load(self, items: Callable[[str], list[Item]] | None) -> dict[str, list[Item]]:

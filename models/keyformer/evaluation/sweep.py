@@ -238,7 +238,9 @@ def carry_out(studies: Iterable[Steps]) -> None:
         for where in dict.fromkeys(request.where for _, request in asked):
             path, device_name, resume = where
             device = own_device(device_name)
-            store = stores.setdefault(path, Store(path))
+            if path not in stores:
+                stores[path] = Store(path)
+            store = stores[path]
             for study, request in asked:
                 if request.where == where:
                     jobs = {run: run.job(device) for run in request.runs}

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from keyformer.evaluation.identity import Settings, item_key
+from keyformer.evaluation.identity import Settings, item_keys
 from keyformer.evaluation.processes import exchange, machine
 from keyformer.evaluation.results import source
 from keyformer.evaluation.store import Result, Store
@@ -51,7 +51,7 @@ class Job:
     @cached_property
     def keys(self) -> list[str]:
         """What each item's result is kept under."""
-        return [item_key(self.settings, item) for item in self.items]
+        return item_keys(self.settings, self.items)
 
     def cost(self, item: int) -> float:
         """That of one item."""
@@ -98,7 +98,7 @@ def finish(
             store.forget(every)
         state.wait_for_everyone()
     done = store.done(every)
-    before = len(done)
+    before = sum(key in done for job in jobs for key in job.keys)
     number, machines = machine()
     plan = [(job, batch) for job in jobs for batch in job.batches()]
     plan.sort(key=lambda entry: (entry[0].group, -sum(map(entry[0].cost, entry[1]))))
