@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import importlib.util
 import os
+import runpy
+import signal
+import socket
+import sys
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; test_downloads has a hub of its own
+os.environ["OMP_NUM_THREADS"] = "1"  # of scripts too: there is a test for each core
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
@@ -17,6 +25,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read on import: kernels run on the CPU, as numpy
 
 import pytest
+from accelerate import PartialState
 from families import small_model
 from originals import ORIGINALS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,8 +33,6 @@ from transformers import PreTrainedModel
 
 from keyformer import KeyformerConfig, enable_keyformer
 from keyformer.evaluation import flags
-
-torch.set_num_threads(1)
 
 
 def script(folder: str, name: str):
@@ -35,6 +42,78 @@ def script(folder: str, name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class Forked:
+    """A script in a process of its own, as from a terminal; forked, so that torch is there.
+
+    Attributes
+    ----------
+    pid
+        Of the process.
+    """
+
+    def __init__(self, command: list[str], folder: Path, **environment: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._said = [folder / "stdout", folder / "stderr"]
+        for file in self._said:
+            file.touch()
+        self._code: int | None = None
+        gc.freeze()  # what is not looked through need not be copied
+        self.pid = os.fork()
+        if not self.pid:
+            self._run(command, environment)
+        gc.unfreeze()
+
+    def _run(self, command: list[str], environment: dict[str, str]) -> NoReturn:
+        code: Any = 1
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ.update(environment)
+            for number, file in enumerate(self._said, start=1):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_TRUNC), number)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+            PartialState._reset_state()
+            sys.argv = command
+            runpy.run_path(command[0], run_name="__main__")
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def poll(self) -> int | None:
+        """The exit code, that of a signal negative; None while it runs."""
+        return self._look(os.WNOHANG)
+
+    def wait(self) -> tuple[int, str, str]:
+        """The exit code once it has ended, and what it printed to stdout and stderr."""
+        code = self._look(0)
+        assert code is not None
+        out, err = (file.read_text() for file in self._said)
+        return code, out, err
+
+    def _look(self, how: int) -> int | None:
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, how)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+
+def forked_ranks(command: list[str], folder: Path, count: int) -> list[Forked]:
+    """A script in as many processes as accelerate's launcher would start, with its environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0"}
+    common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_WORLD_SIZE": "1"}
+    return [
+        Forked(command, folder / f"rank{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank in range(count)
+    ]
 
 
 class LargestTensor(TorchDispatchMode):

@@ -19,6 +19,7 @@ from originals import write_original
 
 import keyformer_lm_eval
 from keyformer import InputError, KeyformerCache, KeyformerConfig
+from keyformer.evaluation.identity import noise_id
 from keyformer.quantize import weight_bytes
 from keyformer_lm_eval.model import KeyformerLM
 
@@ -128,7 +129,7 @@ def test_full_generates_as_hf_does(path, hf) -> None:
 def by_hand(lm: KeyformerLM, config: KeyformerConfig, context: str, end: str) -> tuple:
     """The prompt in one call, then each token in one, with the cache's budget checked."""
     prompt, rest = lm._encode_pair(context, end)
-    cache = KeyformerCache(lm.model.config, config)
+    cache = KeyformerCache(lm.model.config, config, [noise_id(prompt)])
     logits = lm.model(torch.tensor([prompt]), past_key_values=cache).logits[0, -1:]
     total, greedy = 0.0, True
     for token in rest:
@@ -143,7 +144,7 @@ def by_hand(lm: KeyformerLM, config: KeyformerConfig, context: str, end: str) ->
 @pytest.mark.parametrize("method", ["window", "h2o", "keyformer"])
 @pytest.mark.parametrize("chunk", [None, 1, 4])
 def test_continuations_see_the_evicted_cache(mpt, method: str, chunk) -> None:
-    """One request at a time, as fed by hand: noise is that of a batch of one."""
+    """One request at a time, as fed by hand, with its context's noise."""
     lm = model(mpt, method, kv_cache=40, recent=50, prefill_chunk=chunk)
     pairs = PAIRS[::3]
     expected = [by_hand(lm, lm.keyformer_config, *pair) for pair in pairs]
@@ -233,6 +234,7 @@ def test_b12_auto_feeds_nothing_but_the_requests(mpt, kind: str) -> None:
     """No trial at max_length, nor before any later call; hf's numbers."""
     requests = ask(kind, *KINDS[kind][:3])
     lm, fixed = model(mpt, batch_size="auto"), model(mpt, batch_size=64)
+    lm.resume = False  # nothing answers for it the second time
     shapes, expected = fed(lm), fed(fixed)
     results = [getattr(one, kind)(requests) for one in (lm, lm, fixed)]
     assert shapes == 2 * expected
@@ -245,6 +247,7 @@ def test_b12_auto_is_what_fits_of_the_longest_once(mpt, kind: str) -> None:
     """Halved while memory runs out and kept, also for the requests of another kind."""
     requests = ask(kind, *KINDS[kind])
     lm = model(mpt, "h2o", kv_cache=40, batch_size="auto", max_batch_size=16)
+    lm.resume = False
     shapes = fed(lm, most_rows=3)
     got = getattr(lm, kind)(requests)
     refused = [rows for rows, _ in shapes if rows > 3]

@@ -162,7 +162,7 @@ def test_task_script_takes_it(tmp_path) -> None:
     for kind in ("auto", "int4"):
         scores = tmp_path / f"{kind}.json"
         flags = ["--keyformer", "--cache_dtype", kind, "--n_obs", "1", "--max_new_tokens", "3"]
-        paths = ["--save_path", str(tmp_path / "texts"), "--score_path", str(scores)]
+        paths = ["--save_path", str(tmp_path / f"{kind}.txt"), "--score_path", str(scores)]
         script("summarization", "summarize").main([*flags, *paths, "--device", "cpu"])
         result = json.loads(scores.read_text())
         assert result["config"]["cache_dtype"] == kind

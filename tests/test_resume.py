@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
+import runpy
 import signal
 import sqlite3
 import subprocess
@@ -15,9 +17,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import script
+from conftest import Forked, forked_ranks, script
 from originals import write_original
 
+import keyformer.evaluation.study  # noqa: F401  (imported once, for all that is forked)
+import keyformer_lm_eval.harness  # noqa: F401
 from keyformer import InputError
 from keyformer.evaluation import identity
 from keyformer.evaluation.store import Store, _owner
@@ -96,36 +100,43 @@ def stored(out: Path) -> list[str]:
         return [key for (key,) in connection.execute("SELECT key FROM items ORDER BY key")]
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SCRIPTS = ("summarize", "dialogue", "compare", "table4", "run_lm_eval_harness")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_killed_at_random_moments(name, model_path, datasets, tmp_path) -> None:
-    """The last life's results are those of a run that nobody killed, and no item is lost."""
-    outs = []
-    for deaths in (0, DEATHS):
-        out = tmp_path / str(deaths)
-        out.mkdir()
-        killer = [sys.executable, str(ROOT / "tests" / "killed.py"), str(deaths)]
-        killer.append(str(out / "s.sqlite"))
-        of = command(name, model_path, datasets, out)
-        done = subprocess.run([*killer, *of], capture_output=True, text=True, env=ENVIRONMENT)
-        assert done.returncode == 0, done.stderr
-        outs.append(out)
-    for out in outs:
-        for path in out.glob("*.json"):
-            text = path.read_text().replace(str(out), "OUT")
-            path.write_text(text)
-    assert results(outs[0]) == results(outs[1])
-    assert stored(outs[0]) == stored(outs[1])
+def test_killed_at_random_moments(name, model_path, datasets, tmp_path, monkeypatch) -> None:
+    """The last life's results are those of a run that nobody killed, and no item is lost.
 
-
-def run(of: list[str], **more) -> subprocess.Popen:
-    """A script in a process of its own."""
-    return subprocess.Popen(
-        of, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **more
-    )
+    A life that ends before it is killed leaves nothing to kill: the next begins without a store.
+    """
+    whole, trial, out = folders = [tmp_path / which for which in ("whole", "trial", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    monkeypatch.setattr(sys, "argv", command(name, model_path, datasets, whole))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(sys.argv[0], run_name="__main__")  # here, so that lives are short
+    began = time.monotonic()
+    code, _, errors = Forked(command(name, model_path, datasets, trial), tmp_path / "says").wait()
+    assert code == 0, errors
+    longest = 0.8 * (time.monotonic() - began)
+    of = command(name, model_path, datasets, out)
+    drawn = random.Random(0)
+    died = 0
+    while died < DEATHS:
+        life = Forked(of, tmp_path / "says")
+        time.sleep(drawn.uniform(0, longest))
+        if life.poll() is None:
+            os.kill(life.pid, signal.SIGKILL)
+            died += 1
+        else:
+            for file in out.glob("s.sqlite*"):
+                file.unlink()
+        life.wait()
+    code, _, errors = Forked(of, tmp_path / "says").wait()
+    assert code == 0, errors
+    assert results(out) == results(whole)
+    assert stored(out) == stored(whole)
 
 
 def launched(processes: int) -> list[str]:
@@ -147,12 +158,12 @@ def test_texts_depend_on_no_batch_and_no_process(model_path, datasets, tmp_path)
         if processes == 1:
             script("summarization", "summarize").main(of[1:])
         else:
-            done = run([*launched(processes), *of])
-            _, errors = done.communicate()
-            assert done.returncode == 0, errors
+            ended = [one.wait() for one in forked_ranks(of, out / "says", processes)]
+            assert [code for code, _, _ in ended] == [0] * processes, ended
+            errors = "".join(said for _, _, said in ended)
             scores = json.loads((out / "scores.json").read_text())
             assert (scores["items"], scores["unfinished"]) == (11, 0)
-            assert errors.count("| 0/10 ") == 1  # one bar, over all processes
+            assert errors.count("[00:00<?") == 1  # one bar, over all processes
         texts[processes, batch] = (out / "texts.txt").read_text()
         assert len(stored(out)) == 10  # of which two items are alike
     assert len(set(texts.values())) == 1
@@ -163,7 +174,7 @@ def test_one_of_two_processes_is_killed(model_path, datasets, tmp_path) -> None:
     out = tmp_path / "killed"
     out.mkdir()
     of = [*command("summarize", model_path, datasets, out), "--bs", "1", "--max_new_tokens", "30"]
-    first = run([*launched(2), *of])
+    first = subprocess.Popen([*launched(2), *of], stderr=subprocess.PIPE, text=True)
     while len(children := at_work(first.pid)) < 2 or not count(out):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
@@ -172,9 +183,8 @@ def test_one_of_two_processes_is_killed(model_path, datasets, tmp_path) -> None:
     assert first.returncode != 0 and "SIGKILL" in errors
     kept = count(out)
     assert 0 < kept < 10
-    again = run([*launched(2), *of])
-    _, errors = again.communicate()
-    assert again.returncode == 0, errors
+    ended = [one.wait() for one in forked_ranks(of, out / "says", 2)]
+    assert [code for code, _, _ in ended] == [0, 0], ended
     alone = tmp_path / "alone"
     alone.mkdir()
     of = [*command("summarize", model_path, datasets, alone), "--bs", "1", "--max_new_tokens", "30"]
@@ -187,7 +197,8 @@ def test_one_of_two_processes_is_killed(model_path, datasets, tmp_path) -> None:
 def at_work(launcher: int) -> list[psutil.Process]:
     """The processes that run the script."""
     found = psutil.Process(launcher).children(recursive=True)
-    return [child for child in found if "LOCAL_RANK" in child.environ()]
+    living = (child for child in found if child.status() != psutil.STATUS_ZOMBIE)
+    return [child for child in living if "LOCAL_RANK" in child.environ()]
 
 
 def count(out: Path) -> int:
@@ -205,13 +216,13 @@ def count(out: Path) -> int:
 def test_b8_stopped(name, signal_, code, model_path, datasets, tmp_path) -> None:
     """One line, what is done written, and the same command goes on."""
     of = [*command(name, model_path, datasets, tmp_path), "--bs", "1", "--max_new_tokens", "40"]
-    process = run([sys.executable, *of])
+    process = Forked(of, tmp_path / "says")
     while not count(tmp_path):
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.wait()
         time.sleep(0.02)
-    process.send_signal(signal_)
-    _, errors = process.communicate()
-    assert process.returncode == code, errors
+    os.kill(process.pid, signal_)
+    ended, _, errors = process.wait()
+    assert ended == code, errors
     last = errors.splitlines()[-1]
     kept = count(tmp_path)
     assert f"{name}.py: stopped: {kept} of " in last and "the same command goes on" in last
@@ -220,9 +231,8 @@ def test_b8_stopped(name, signal_, code, model_path, datasets, tmp_path) -> None
         scores = json.loads((tmp_path / "scores.json").read_text())
         assert len((tmp_path / "texts.txt").read_text().splitlines()) == scores["items"]
         assert scores["items"] + scores["unfinished"] == 11 and scores["items"] >= kept
-    again = run([sys.executable, *of])
-    _, errors = again.communicate()
-    assert again.returncode == 0, errors
+    ended, _, errors = Forked(of, tmp_path / "says").wait()
+    assert ended == 0, errors
     assert count(tmp_path) == (10 if name == "summarize" else 20)
 
 

@@ -1,0 +1,49 @@
+"""Methods over the size of the cache, by three measures that tell them apart on any model.
+
+ROUGE of greedy summaries (``rouge``), the negative log-likelihood of a token of the reference
+after the prompt was evicted (``reference``), and how many tokens of the full cache's own summary
+each method would write too (``agreement``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from keyformer.config import METHODS
+from keyformer.evaluation.flags import PERCENT_ABOVE_0, Parser
+from keyformer.evaluation.measures import Agreement, Reference, Rouge
+from keyformer.evaluation.pictures import method_curves
+from keyformer.evaluation.sizes import METHODS as COMPARED
+from keyformer.evaluation.sizes import RIVALS, SIZES, cells
+from keyformer.evaluation.study import Study, run_study
+from keyformer.evaluation.sweep import Steps
+from keyformer.evaluation.tables import print_tables, with_differences
+
+MEASURES = {"rouge": Rouge, "reference": Reference, "agreement": Agreement}
+
+
+def more_flags(parser: Parser) -> None:
+    """What is compared."""
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(COMPARED))
+    parser.add_argument(
+        "--sizes", nargs="+", type=PERCENT_ABOVE_0, default=list(SIZES), help="of the cache, in %%"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> Steps:
+    """Measure, print, write."""
+    study = Study("summaries", __doc__, argv, more_flags=more_flags)
+    measures = {
+        (model, name if len(study.items) == 1 else f"{task}, {name}"): measure
+        for name, kind in MEASURES.items()
+        for (model, task), measure in study.measures(kind).items()
+    }
+    results = yield from study.measure(cells(study.flags.methods, study.flags.sizes), measures)
+    results = with_differences(results, RIVALS)
+    print_tables(results)
+    title = "Methods by the size of the cache"
+    study.write(results, method_curves(results, "kv_cache", "cache, % of the prompt", title))
+
+
+if __name__ == "__main__":
+    run_study(main)
