@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import importlib.util
 import os
 import runpy
@@ -59,11 +58,9 @@ class Forked:
         for file in self._said:
             file.touch()
         self._code: int | None = None
-        gc.freeze()  # what is not looked through need not be copied
         self.pid = os.fork()
         if not self.pid:
             self._run(command, environment)
-        gc.unfreeze()
 
     def _run(self, command: list[str], environment: dict[str, str]) -> NoReturn:
         code: Any = 1
@@ -72,7 +69,7 @@ class Forked:
             os.environ.update(environment)
             for number, file in enumerate(self._said, start=1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_TRUNC), number)
-            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             PartialState._reset_state()
             sys.argv = command
             runpy.run_path(command[0], run_name="__main__")

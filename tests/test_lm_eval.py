@@ -359,18 +359,22 @@ def evaluated(folder: Path, command: list[str], path: str, *flags: str) -> tuple
 
 
 @pytest.mark.parametrize(
-    ("command", "plugin"),
+    ("command", "flags"),
     [
-        (["lm_eval"], [PLUGIN]),
-        (["accelerate", "launch", "--num_processes", "1", "-m", "keyformer_lm_eval"], []),
+        ("lm_eval", ["--tasks", "two_ends", PLUGIN, "--device", "cpu"]),
+        ("keyformer-lm-eval", ["--tasks", "two_ends"]),
     ],
 )
-def test_a18_commands_find_the_model(mpt, tmp_path, command, plugin) -> None:
-    """lm-eval's own, where the tasks name the plugin, and this project's without."""
-    flags = ["--device", "cpu", "--tasks", "two_ends", *plugin]
-    results, printed, _ = evaluated(tmp_path, command, mpt, *flags)
+def test_a18_b18_commands_find_the_model_and_a_device(mpt, tmp_path, command, flags) -> None:
+    """lm-eval's own, where the tasks name the plugin, and this project's without.
+
+    Without --device lm-eval says it is cuda:0.
+    """
+    results, printed, notes = evaluated(tmp_path, [command], mpt, *flags)
     assert any("two_ends" in line for line in printed.splitlines())
     assert [name for name, measured in results.items() if "acc,none" in measured] == ["two_ends"]
+    note = "there is no device cuda:0 here, the model is put on cpu"
+    assert notes.count(note) == ("--device" not in flags and not torch.cuda.is_available())
 
 
 TASKS = """
@@ -437,14 +441,6 @@ def test_processes_share_the_requests_and_give_what_one_gives(mpt, tmp_path) -> 
         assert [text.count("\n") for text in samples.values()] == [5, 5, 5]
         runs[command[0]] = (json.loads(written.read_text())["results"], samples, ran.stdout)
     assert runs["accelerate"] == runs["keyformer-lm-eval"]
-
-
-def test_b18_the_command_picks_a_device(mpt, tmp_path) -> None:
-    """Without --device, which lm-eval then says is cuda:0."""
-    results, _, notes = evaluated(tmp_path, ["keyformer-lm-eval"], mpt, "--tasks", "two_ends")
-    assert "acc,none" in results["two_ends"]
-    note = "there is no device cuda:0 here, the model is put on cpu"
-    assert notes.count(note) == (not torch.cuda.is_available())
 
 
 def test_a18_names_of_the_commands() -> None:

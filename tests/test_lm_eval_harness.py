@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import script
+from conftest import Forked, forked_ranks, script
 from lm_eval.api.model import LM
 from originals import write_original
 
@@ -141,28 +141,17 @@ def test_b1_quantized_weights_are_loaded_and_recorded(model_path, tmp_path) -> N
         assert config["weight_bytes"] == record["weight_bytes"]
 
 
-def launched(*flags: str) -> subprocess.CompletedProcess:
-    """The script on two processes on the CPU."""
-    launcher = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    command = [Path(sys.executable).with_name("accelerate"), "launch", *launcher]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, HARNESS / "run_lm_eval_harness.py", *flags],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-
-
 def test_two_processes_write_what_one_writes(model_path, tmp_path, capsys) -> None:
     """Three documents, so that one of them has two: samples, results and what is printed."""
     flags = ["--model_path", model_path, "--device", "cpu", "--keyformer", "--kv_cache", "40"]
     flags += ["--tasks", "tiny_copa", "--num_fewshot", "2", "--limit", "3", "--bs", "1"]
     one, two = tmp_path / "one", tmp_path / "two"
     harness.main([*flags, "--out", str(one)])
-    done = launched(*flags, "--out", str(two))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.replace(str(two), str(one)) == capsys.readouterr().out
+    command = [str(HARNESS / "run_lm_eval_harness.py"), *flags, "--out", str(two)]
+    ended = [rank.wait() for rank in forked_ranks(command, tmp_path / "says", 2)]
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    printed = "".join(out for _, out, _ in ended)
+    assert printed.replace(str(two), str(one)) == capsys.readouterr().out
     records = [json.loads((out / "record.json").read_text()) for out in (one, two)]
     assert [record["processes"] for record in records] == [1, 2]
     assert records[0]["results"] == records[1]["results"]
@@ -170,11 +159,14 @@ def test_two_processes_write_what_one_writes(model_path, tmp_path, capsys) -> No
     assert len(samples) == 2 and samples[0] == samples[1]
 
 
-def test_more_processes_than_documents_are_an_error(model_path, tmp_path) -> None:
+def test_more_processes_than_documents_are_an_error(model_path, tmp_path, tmp_path_factory) -> None:
+    says = tmp_path_factory.mktemp("says")
     flags = ["--model_path", model_path, "--tasks", "tiny_copa", "--out", str(tmp_path)]
-    done = launched(*flags, "--limit", "1")
-    assert done.returncode and not list(tmp_path.glob("*"))
-    assert "the 1 documents of tiny_copa cannot be shared out over 2 processes" in done.stderr
+    command = [str(HARNESS / "run_lm_eval_harness.py"), *flags, "--limit", "1"]
+    for code, _, errors in [rank.wait() for rank in forked_ranks(command, says, 2)]:
+        assert code == 2
+        assert "the 1 documents of tiny_copa cannot be shared out over 2 processes" in errors
+    assert not list(tmp_path.glob("*"))
 
 
 BAD = [
@@ -249,10 +241,9 @@ def test_run_sh_takes_the_released_order_of_arguments() -> None:
 def test_run_sh_without_network(tmp_path) -> None:
     """Its defaults, on two questions."""
     defaults = shell("run.sh", PYTHON="echo").stdout.split()[1:]
-    python = [sys.executable, str(HARNESS / "run_lm_eval_harness.py"), *defaults]
-    command = [*python, "--out", str(tmp_path), "--limit", "2", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [str(HARNESS / "run_lm_eval_harness.py"), *defaults, "--out", str(tmp_path)]
+    code, _, errors = Forked([*command, "--limit", "2", "--device", "cpu"], tmp_path).wait()
+    assert code == 0, errors
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["tasks"] == ["tiny_copa"] and record["method"] == "keyformer"
     assert record["model"] == "mpt-tiny-keyformer" and record["config"]["kv_cache"] == 50

@@ -114,7 +114,7 @@ def test_killed_at_random_moments(name, model_path, datasets, tmp_path, monkeypa
         folder.mkdir()
     monkeypatch.setattr(sys, "argv", command(name, model_path, datasets, whole))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(sys.argv[0], run_name="__main__")  # here, so that lives are short
     began = time.monotonic()
     code, _, errors = Forked(command(name, model_path, datasets, trial), tmp_path / "says").wait()
