@@ -21,7 +21,13 @@ from keyformer.evaluation.measures import Likelihood, OnItems, Rouge
 from keyformer.evaluation.pictures import method_curves
 from keyformer.evaluation.study import KINDS, Panel, Results, Study, run_study
 from keyformer.evaluation.sweep import Cell, Labels, Row, Steps, plain
-from keyformer.evaluation.tables import compared_metric, difference, print_columns, print_tables
+from keyformer.evaluation.tables import (
+    LOSSES,
+    compared_metric,
+    difference,
+    print_columns,
+    print_tables,
+)
 from tiny.corpus import document
 
 BASELINES = ("window", "h2o", "keyformer")
@@ -145,7 +151,7 @@ def gain(row: Row, rival: Row) -> tuple[float, float]:
     """How much better a row is than another, and that in standard errors."""
     metric = compared_metric(row) or ""
     mean, low, high = difference(row, rival, metric)
-    sign = -1 if metric == "bits" else 1
+    sign = -1 if metric in LOSSES else 1
     return sign * mean, sign * mean / max((high - low) / 3.92, 1e-9)
 
 
@@ -173,7 +179,7 @@ def beats(row: Row, rival: Row) -> int:
     _, rival_low, rival_high = rival.values[metric]
     if low <= rival_high and rival_low <= high:
         return 0
-    return (1 if low > rival_high else -1) * (-1 if metric == "bits" else 1)
+    return (1 if low > rival_high else -1) * (-1 if metric in LOSSES else 1)
 
 
 def described(config: KeyformerConfig) -> str:

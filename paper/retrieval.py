@@ -1,9 +1,9 @@
 """What is asked for after eviction, which the paper does not test: questions, needles, chats.
 
-Articles with questions (``question``), the questions only after the article was evicted
-(``later``), a number hidden in articles of many lengths and depths (``needle``), and a question
-about a chat's first turn after ten others (``chat``). An answer is right if what the model writes
-greedily contains it.
+Questions about an article, which come with it (``question``) or after it was evicted (``later``);
+a number in one sentence of a haystack made of articles, at many lengths and depths (``needle``);
+a question about the first turn of a chat after ten others (``chat``). An answer is right if what
+the model writes greedily contains it.
 """
 
 from __future__ import annotations
@@ -11,94 +11,98 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from keyformer.config import METHODS
-from keyformer.evaluation.data import Item
-from keyformer.evaluation.flags import PERCENT, PERCENT_ABOVE_0, Parser, whole
+from keyformer.evaluation import flags as flag
 from keyformer.evaluation.measures import Answered
 from keyformer.evaluation.pictures import draw_grid, method_curves, panels
 from keyformer.evaluation.retrieval import chats, load_articles, needles, questions
-from keyformer.evaluation.sizes import METHODS as COMPARED
-from keyformer.evaluation.sizes import RIVALS, SIZES, cells
-from keyformer.evaluation.study import ARTICLES, Results, Study, run_study
+from keyformer.evaluation.sizes import RIVALS, cells, compared_flags
+from keyformer.evaluation.study import ARTICLES, ROOT, Results, Study, run_study
 from keyformer.evaluation.sweep import Row, Steps, estimate
 from keyformer.evaluation.tables import print_tables, with_differences
+
+MODEL = ROOT / "models" / "smollm2-135m"
+"""What is asked where it is there; the bundled models have not learned to answer."""
 
 MAPPED = (50, 20)
 """Sizes of the cache, in percent, for which needles are drawn by length and depth."""
 
+Place = tuple[int, float]
+"""Words of a haystack, and how deep in it the needle is, in percent."""
 
-def more_flags(parser: Parser) -> None:
-    """What is compared, and on which haystacks."""
+
+def more_flags(parser: flag.Parser) -> None:
+    """What is asked, of what."""
+    model = MODEL if MODEL.is_dir() else MODEL.with_name("mpt-tiny-keyformer")
+    parser.set_defaults(model_path=[str(model)], beam=1)
+    compared_flags(parser)
+    flag.prompt_flag(parser)
     parser.add_argument("--articles", type=Path, default=ARTICLES, help="with questions")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(COMPARED))
     parser.add_argument(
-        "--sizes", nargs="+", type=PERCENT_ABOVE_0, default=list(SIZES), help="of the cache, in %%"
+        "--lengths",
+        nargs="+",
+        type=flag.whole(20),
+        default=[500, 1000, 1500, 2500],
+        help="of haystacks, in words",
     )
     parser.add_argument(
-        "--lengths", nargs="+", type=whole(20), default=[500, 1000, 1500, 2500], help="in words"
+        "--depths",
+        nargs="+",
+        type=flag.PERCENT,
+        default=[0, 25, 50, 75, 100],
+        help="of needles, in %% of the haystack",
     )
-    parser.add_argument(
-        "--depths", nargs="+", type=PERCENT, default=[0, 25, 50, 75, 100], help="in %%"
-    )
-    parser.add_argument("--needles", type=whole(1), default=5, help="of each length and depth")
+    parser.add_argument("--needles", type=flag.whole(1), default=5, help="of each length and depth")
+    parser.add_argument("--max_new_tokens", type=flag.whole(1), default=24, help="of an answer")
 
 
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Ask, print, write."""
-    study = Study("retrieval", __doc__, argv, more_flags=more_flags)
+    study = Study("retrieval", __doc__, argv, generates=False, more_flags=more_flags)
     flags = study.flags
     articles = study.sample("summarization", load_articles(flags.articles))
     places = [(length, depth) for length in flags.lengths for depth in flags.depths]
-    if study.flags.quick:
-        places = places[:1]
-    asked: dict[str, list[Item]] = {
+    if flags.quick:
+        places = [(20, 50.0)]
+    study.items = {
         "question": questions(articles, later=False),
         "later": questions(articles, later=True),
-        "needle": [one for place in places for one in needles(articles, *place, flags.needles)],
+        "needle": [one for at in places for one in needles(articles, *at, flags.needles)],
         "chat": chats(articles),
     }
-    results = yield from study.measure(
-        cells(flags.methods, flags.sizes), study.probes(Answered, asked)
-    )
+    measures = study.measures(Answered)
+    results = yield from study.measure(cells(flags.methods, flags.sizes), measures)
     results = with_differences(results, RIVALS)
     print_tables(results)
     title = "Answers to questions after eviction"
     study.write(results, method_curves(results, "kv_cache", "cache, % of the prompt", title))
-    needle_rows = {model: rows for (model, task), rows in results.items() if task == "needle"}
-    for model, rows in needle_rows.items():
-        mapped = by_place(rows, places)
-        if not mapped:
-            continue
-        figure, axes = panels(mapped, f"Needles found, %: {model}", ylabel="depth, %")
-        for ax, of_place in zip(axes, mapped.values(), strict=True):
-            draw_grid(ax, of_place, "words", "depth", "answered", limits=(0, 100))
-            ax.set_xlabel("haystack, words")
+    for model in study.models:
+        mapped = by_place(results[model, "needle"], places)
+        figure, axes = panels(mapped, f"Needles found by {model}, %", ylabel="depth, %")
+        for ax, rows in zip(axes, mapped.values(), strict=True):
+            draw_grid(ax, rows, "words", "depth", "answered", span=(0, 100))
+            ax.set_xlabel("words")
         study.draw(figure, f"-needle-{model}")
 
 
-def by_place(rows: Sequence[Row], places: Sequence[tuple[int, float]]) -> Results:
-    """Needles found at each length and depth; a panel for each method and mapped size."""
+def by_place(rows: Sequence[Row], places: Sequence[Place]) -> Results:
+    """Needles found at each place: a panel for the full cache, and each method at MAPPED sizes."""
     found: Results = {}
     for row in rows:
         method, size = row.labels["method"], row.labels["kv_cache"]
         if method != "full" and size not in MAPPED:
             continue
-        of = row.per_item["answered"].reshape(len(places), -1)
-        cells = [
-            Row({"words": words, "depth": depth}, row.config, row.seeds, {}, {"answered": score(at)})
-            for (words, depth), at in zip(places, of, strict=True)
+        of_place = row.per_item["answered"].reshape(len(places), -1)
+        found[method, "everything" if method == "full" else f"{size} %"] = [
+            Row(
+                {"words": words, "depth": depth},
+                row.config,
+                row.seeds,
+                {},
+                {"answered": estimate(of)},
+            )
+            for (words, depth), of in zip(places, of_place, strict=True)
         ]
-        for shown in MAPPED if method == "full" else (size,):
-            found[method, f"{shown} % of the cache"] = cells
-    order = {method: number for number, method in enumerate(dict.fromkeys(m for m, _ in found))}
-    return dict(sorted(found.items(), key=lambda panel: (order[panel[0][0]], -len(panel[0][1]))))
-
-
-def score(values: np.ndarray) -> tuple[float, float, float]:
-    """The mean with its interval."""
-    return estimate(values)
+    return found
 
 
 if __name__ == "__main__":

@@ -8,31 +8,21 @@ each method would write too (``agreement``).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from keyformer.config import METHODS
-from keyformer.evaluation.flags import PERCENT_ABOVE_0, Parser
 from keyformer.evaluation.measures import Agreement, Reference, Rouge
 from keyformer.evaluation.pictures import method_curves
-from keyformer.evaluation.sizes import METHODS as COMPARED
-from keyformer.evaluation.sizes import RIVALS, SIZES, cells
+from keyformer.evaluation.sizes import RIVALS, cells, compared_flags
 from keyformer.evaluation.study import Study, run_study
 from keyformer.evaluation.sweep import Steps
 from keyformer.evaluation.tables import print_tables, with_differences
 
-MEASURES = {"rouge": Rouge, "reference": Reference, "agreement": Agreement}
-
-
-def more_flags(parser: Parser) -> None:
-    """What is compared."""
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(COMPARED))
-    parser.add_argument(
-        "--sizes", nargs="+", type=PERCENT_ABOVE_0, default=list(SIZES), help="of the cache, in %%"
-    )
+MEASURES: dict[str, Any] = {"rouge": Rouge, "reference": Reference, "agreement": Agreement}
 
 
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
-    study = Study("summaries", __doc__, argv, more_flags=more_flags)
+    study = Study("summaries", __doc__, argv, more_flags=compared_flags)
     measures = {
         (model, name if len(study.items) == 1 else f"{task}, {name}"): measure
         for name, kind in MEASURES.items()

@@ -17,6 +17,8 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from keyformer.config import InputError, KeyformerConfig
 
 Item = dict[str, Any]
+Message = dict[str, str]
+"""Of a conversation: its ``role``, user or assistant, and its ``content``."""
 
 PROMPTS = ("alpaca", "chat", "none")
 """What a prompt can be: the paper's template, the tokenizer's chat template, the text alone."""
@@ -66,6 +68,16 @@ def alpaca_prompt(instruction: str, input: str) -> str:
         " further context. Write a response that appropriately completes the request.\n\n"
         f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
     )
+
+
+def user(content: str) -> Message:
+    """What a user says."""
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    """What a model has said."""
+    return {"role": "assistant", "content": content}
 
 
 def from_article(item: Any) -> Any:
@@ -276,7 +288,7 @@ def make_prompt(
 
     def written(item: Item) -> str:
         if kind == "chat":
-            return chat_prompt(task.message(item), tokenizer)
+            return chat_prompt([user(task.message(item))], tokenizer)
         return task.bare(item) if kind == "none" else task.prompt(item)
 
     prompt = written(item)
@@ -343,20 +355,42 @@ def prompt_kind(asked: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
     return asked or ("chat" if tokenizer.chat_template else "alpaca")
 
 
-def chat_prompt(message: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A user's message in the tokenizer's chat template, up to where the model answers.
+def chat_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Messages in the tokenizer's chat template, up to where the model answers.
 
     Raises
     ------
     InputError
         If the template cannot be used.
     """
-    said = [{"role": "user", "content": message}]
     try:
-        return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
     except (TemplateError, ValueError) as error:  # a ValueError: it has several, and no default
         reason = " ".join(str(error).split())
         raise InputError(f"the tokenizer's chat template cannot be used: {reason}") from error
+
+
+def conversation(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, kind: str) -> str:
+    """Messages as a prompt of one of PROMPTS, up to where the model answers.
+
+    Raises
+    ------
+    InputError
+        If the tokenizer's template cannot be used.
+    """
+    if kind == "chat":
+        return chat_prompt(messages, tokenizer)
+    if kind == "none":
+        return "".join(f"{message['content']}\n\n" for message in messages)
+    written = {"user": "### Instruction:\n{}\n\n### Response:\n", "assistant": "{}\n\n"}
+    opening = (
+        "Below is an instruction that describes a task. Write a response that appropriately"
+        " completes the request.\n\n"
+    )
+    said = (written[message["role"]].format(message["content"]) for message in messages)
+    return opening + "".join(said)
 
 
 def encode(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import KeyformerConfig
+from keyformer.evaluation.generation import ends_text
 from keyformer.modeling import position_inputs
 
 Tokens = list[int]
@@ -93,29 +94,26 @@ def judge(
 
 
 @torch.no_grad()
-def write(
-    model: PreTrainedModel, cache: KeyformerCache, logits: Tensor, most: int, ends: Tensor
-) -> list[Tokens]:
-    """Go on greedily.
+def write(model: PreTrainedModel, cache: KeyformerCache, logits: Tensor, most: int) -> list[Tokens]:
+    """Go on greedily, with ``most`` tokens at most; the one that ends a text is part of it.
 
     Parameters
     ----------
     logits
         (batch, vocabulary) of the first token.
-    most
-        Tokens at most.
-    ends
-        Ids of the tokens that end a text; they are not part of it.
     """
-    written: list[Tensor] = []
+    texts: list[Tokens] = [[] for _ in logits]
     going = torch.ones(len(logits), dtype=torch.bool, device=model.device)
-    while len(written) < most:
+    while True:
         token = logits.argmax(dim=-1)
-        going &= ~torch.isin(token, ends)
-        written.append(token.masked_fill(~going, -1))
-        if len(written) == most or not going.any():
-            break
-        logits = model(
-            token[:, None], attention_mask=going[:, None], past_key_values=cache
-        ).logits[:, -1]
-    return [[t for t in row if t >= 0] for row in torch.stack(written, dim=1).tolist()]
+        for text, (chosen, wanted) in zip(
+            texts, torch.stack([token, going], dim=1).tolist(), strict=True
+        ):
+            text += [chosen] * wanted
+        going = going & ~ends_text(token, model, {})
+        most -= 1
+        if not most or not going.any():
+            return texts
+        logits = model(token[:, None], attention_mask=going[:, None], past_key_values=cache).logits[
+            :, -1
+        ]

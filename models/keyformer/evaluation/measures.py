@@ -18,13 +18,22 @@ from transformers.utils import logging
 from keyformer.attention import Attended
 from keyformer.cache import KeyformerCache
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.evaluation.data import TASKS, Item, make_prompt, prompt_room
+from keyformer.evaluation.data import (
+    TASKS,
+    Item,
+    conversation,
+    encode,
+    make_prompt,
+    prompt_kind,
+    prompt_room,
+)
+from keyformer.evaluation.feeding import Tokens, judge, read, write
 from keyformer.evaluation.generation import generate
 from keyformer.evaluation.identity import Settings, noise_id
+from keyformer.evaluation.retrieval import CUT, answered
 from keyformer.evaluation.rouge import rouge
 from keyformer.evaluation.store import Result
 from keyformer.integration import load_model
-from keyformer.modeling import position_inputs
 
 NEGLIGIBLE = 0.01
 """A weight below this share of its query's largest counts as zero (sparsity of Fig. 3a)."""
@@ -48,7 +57,9 @@ class OnItems(ABC):
     bs
         Batch size.
     beam, max_new_tokens
-        Of generation.
+        Of generation; the latter is T of Eq. 10 elsewhere.
+    prompt_kind
+        One of PROMPTS, or None for the default of :func:`keyformer.evaluation.data.prompt_kind`.
     """
 
     path: str
@@ -58,6 +69,7 @@ class OnItems(ABC):
     bs: int
     beam: int
     max_new_tokens: int
+    prompt_kind: str | None = None
 
     depends_on: ClassVar[tuple[str, ...]] = ("dtype", "task", "bs")
     calls: ClassVar[Any]
@@ -95,14 +107,27 @@ class OnItems(ABC):
     def prompt(self, item: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
         """An item's prompt, cut where the model's table of positions ends."""
         room = prompt_room(model, self.max_new_tokens)
-        return make_prompt(self.items[item], TASKS[self.task], tokenizer, room)
+        task = TASKS[self.task]
+        return make_prompt(self.items[item], task, tokenizer, room, self.prompt_kind)
+
+    def read(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: KeyformerConfig,
+        items: Sequence[int],
+    ) -> tuple[KeyformerCache, Tensor]:
+        """Feed items' prompts; their cache, and (batch, vocabulary) logits of what comes next."""
+        prompts = [self.prompt(item, model, tokenizer) for item in items]
+        texts = [[encode(tokenizer, prompt)["input_ids"]] for prompt in prompts]
+        return read(model, texts, config, [*map(noise_id, prompts)], self.max_new_tokens)
 
 
 @dataclass(frozen=True)
 class Rouge(OnItems):
     """rouge1, rouge2 and rougeL of generated texts."""
 
-    depends_on = ("dtype", "task", "bs", "beam", "max_new_tokens")
+    depends_on = (*OnItems.depends_on, "prompt_kind", "beam", "max_new_tokens")
     metrics: ClassVar[tuple[str, ...]] = ("rouge1", "rouge2", "rougeL")
 
     @property
@@ -157,11 +182,12 @@ class Likelihood(OnItems):
         model, tokenizer = self.load(device)
         halves = [self._halves(self.items[item], tokenizer) for item in items]
         ids = [noise_id(self.items[item]) for item in items]
-        return [{"bits": bits} for bits in self._bits(model, tokenizer, halves, ids, config)]
+        read_first = [[first] for first, _ in halves]
+        cache, logits = read(model, read_first, config, ids, self.max_new_tokens)
+        judged = judge(model, cache, logits, [second for _, second in halves])
+        return [{"bits": round(float(lost.mean()) / math.log(2), 5)} for lost, _ in judged]
 
-    def _halves(
-        self, item: Item, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[list[int], list[int]]:
+    def _halves(self, item: Item, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
         task = TASKS[self.task]
         before, document, _ = task.prompt(item).partition(item[task.document])
         opening = tokenizer(before, verbose=False)["input_ids"] if before else []
@@ -169,40 +195,125 @@ class Likelihood(OnItems):
         middle = len(tokens) // 2
         return opening + tokens[:middle], tokens[middle:]
 
-    @torch.no_grad()
-    def _bits(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        halves: list[tuple[list[int], list[int]]],
-        noise_ids: list[int],
-        config: KeyformerConfig,
-    ) -> list[float]:
-        first = tokenizer.pad(
-            {"input_ids": [prompt for prompt, _ in halves]}, return_tensors="pt"
-        ).to(model.device)
-        lengths = torch.tensor([len(rest) for _, rest in halves])
-        second = torch.zeros(len(halves), int(lengths.max()), dtype=torch.int64)
-        for row, (_, rest) in enumerate(halves):
-            second[row, : len(rest)] = torch.tensor(rest)
-        second, lengths = second.to(model.device), lengths.to(model.device)
-        real = torch.arange(second.shape[1], device=model.device) < lengths[:, None]
-        cache = KeyformerCache(model.config, config, noise_ids)
-        cache.max_new_tokens = second.shape[1]  # T of Eq. 10
-        places = position_inputs(model, first["attention_mask"])
-        logits = model(**first, **places, past_key_values=cache, logits_to_keep=1).logits
-        total = torch.zeros(len(halves), device=model.device)
-        for step in range(second.shape[1]):
-            token = second[:, step]
-            lost = torch.nn.functional.cross_entropy(logits[:, -1].float(), token, reduction="none")
-            total += lost.masked_fill(~real[:, step], 0)
-            if step + 1 < second.shape[1]:
-                logits = model(
-                    input_ids=token[:, None],
-                    attention_mask=real[:, step : step + 1],
-                    past_key_values=cache,
-                ).logits
-        return [round(value, 5) for value in (total / lengths / math.log(2)).tolist()]
+
+@dataclass(frozen=True)
+class Reference(OnItems):
+    """nll: of a token of the reference after the evicted prompt, on average, in nats."""
+
+    depends_on = (*OnItems.depends_on, "prompt_kind", "max_new_tokens")
+
+    @property
+    def calls(self) -> int:
+        """One a token."""
+        return self.max_new_tokens
+
+    def __call__(
+        self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
+    ) -> list[Result]:
+        """Predict."""
+        model, tokenizer = self.load(device)
+        cache, logits = self.read(model, tokenizer, config, items)
+        references = [
+            tokenizer(
+                TASKS[self.task].reference(self.items[item]),
+                add_special_tokens=False,
+                truncation=True,
+                max_length=self.max_new_tokens,
+            )["input_ids"]
+            for item in items
+        ]
+        judged = judge(model, cache, logits, references)
+        return [{"nll": round(float(lost.mean()), 5)} for lost, _ in judged]
+
+
+@dataclass(frozen=True)
+class Agreement(OnItems):
+    """agreement: percent of the tokens of the full cache's greedy text that would be written.
+
+    That text is fed token by token, so that one that differs does not make others differ.
+    """
+
+    depends_on = (*OnItems.depends_on, "prompt_kind", "max_new_tokens")
+
+    @property
+    def calls(self) -> int:
+        """One a token, twice."""
+        return 2 * self.max_new_tokens
+
+    def __call__(
+        self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
+    ) -> list[Result]:
+        """Write under a full cache, then predict that."""
+        model, tokenizer = self.load(device)
+        written = self._texts(model, tokenizer, items)
+        cache, logits = self.read(model, tokenizer, config, items)
+        judged = judge(model, cache, logits, written)
+        return [{"agreement": round(100 * float(hit.float().mean()), 3)} for _, hit in judged]
+
+    def _texts(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[int]
+    ) -> list[Tokens]:
+        """The full cache's, each written once for all configurations."""
+        known = _full_texts(self.path, self.dtype, model.device)
+        asked = {item: (self.prompt(item, model, tokenizer), self.max_new_tokens) for item in items}
+        new = [item for item in items if asked[item] not in known]
+        if new:
+            full = KeyformerConfig.preset("full")
+            cache, logits = self.read(model, tokenizer, full, new)
+            texts = write(model, cache, logits, self.max_new_tokens)
+            known |= zip((asked[item] for item in new), texts, strict=True)
+        return [known[asked[item]] for item in items]
+
+
+@dataclass(frozen=True)
+class Answered(OnItems):
+    """answered: 100 if what is written greedily contains the item's answer, else 0.
+
+    Items are those of :mod:`keyformer.evaluation.retrieval`.
+    """
+
+    depends_on = ("dtype", "bs", "prompt_kind", "max_new_tokens")
+
+    @property
+    def calls(self) -> int:
+        """One a token and one a part."""
+        return self.max_new_tokens
+
+    @property
+    def _characters(self) -> list[int]:
+        return [sum(len(said["content"]) for said in item["messages"]) for item in self.items]
+
+    def __call__(
+        self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
+    ) -> list[Result]:
+        """Read, answer, look."""
+        model, tokenizer = self.load(device)
+        texts = [self._parts(self.items[item], model, tokenizer) for item in items]
+        ids = [noise_id(self.items[item]) for item in items]
+        cache, logits = read(model, texts, config, ids, self.max_new_tokens)
+        written = write(model, cache, logits, self.max_new_tokens)
+        said = tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [
+            {"answered": 100.0 * answered(text, self.items[item]["answer"])}
+            for item, text in zip(items, said, strict=True)
+        ]
+
+    def _parts(
+        self, item: Item, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> list[Tokens]:
+        kind = prompt_kind(self.prompt_kind, tokenizer)
+        first, *more = conversation(item["messages"], tokenizer, kind).split(CUT)
+        parts = [encode(tokenizer, first)["input_ids"]]
+        parts += [
+            tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in more
+        ]
+        room, length = prompt_room(model, self.max_new_tokens), sum(map(len, parts))
+        if room is not None and length > room:
+            raise InputError(
+                f"a text of {length} tokens is longer than the {room} that the positions of"
+                f" {self.path} leave room for"
+            )
+        return parts
 
 
 @dataclass(frozen=True)
@@ -215,7 +326,7 @@ class Attention(OnItems):
     configuration that evicts nothing.
     """
 
-    depends_on = ("dtype", "task", "max_new_tokens")
+    depends_on = ("dtype", "task", "prompt_kind", "max_new_tokens")
 
     calls = 2
 
@@ -241,7 +352,8 @@ class Attention(OnItems):
         config: KeyformerConfig,
     ) -> dict[str, float]:
         reference = TASKS[self.task].reference(item)
-        read = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+        fed = encode(tokenizer, prompt, return_tensors="pt", return_token_type_ids=False)
+        fed = fed.to(model.device)
         written = tokenizer(reference, add_special_tokens=False, return_tensors="pt")["input_ids"]
         written = written[:, : self.max_new_tokens - 1].to(model.device)
         sparse: list[Tensor] = []
@@ -264,7 +376,7 @@ class Attention(OnItems):
         cache = KeyformerCache(model.config, config)
         cache.max_new_tokens = self.max_new_tokens
         with torch.no_grad():
-            model(**read, past_key_values=cache, logits_to_keep=1)
+            model(**fed, past_key_values=cache, logits_to_keep=1)
             cache.observer = look
             model(input_ids=written, past_key_values=cache, logits_to_keep=1)
         mass = torch.stack(masses).mean(dim=0)
@@ -283,7 +395,7 @@ class Softmax(OnItems):
     layer: int = 0
     head: int = 0
 
-    depends_on = ("dtype", "task", "max_new_tokens", "layer", "head")
+    depends_on = ("dtype", "task", "prompt_kind", "max_new_tokens", "layer", "head")
     calls = 2
 
     @property
@@ -298,13 +410,14 @@ class Softmax(OnItems):
         model, tokenizer = self.load(device)
         prompt = self.prompt(0, model, tokenizer)
         reference = TASKS[self.task].reference(self.items[0])
-        read = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+        fed = encode(tokenizer, prompt, return_tensors="pt", return_token_type_ids=False)
+        fed = fed.to(model.device)
         written = tokenizer(reference, add_special_tokens=False, return_tensors="pt")["input_ids"]
         seen: dict[int, Attended] = {}
         cache = KeyformerCache(model.config, config, [noise_id(self.items[0])])
         cache.max_new_tokens = self.max_new_tokens
         with torch.no_grad():
-            model(**read, past_key_values=cache, logits_to_keep=1)
+            model(**fed, past_key_values=cache, logits_to_keep=1)
             cache.observer = lambda layer, _, attended: seen.update({layer: attended})
             model(input_ids=written[:, :1].to(model.device), past_key_values=cache)
         attended = seen.get(self.layer)
@@ -324,6 +437,12 @@ class Softmax(OnItems):
                 "weight": [round(weight, 7) for weight in weights[order].tolist()],
             }
         ]
+
+
+@lru_cache(maxsize=1)
+def _full_texts(path: str, dtype: str, device: torch.device) -> dict[tuple[str, int], Tokens]:
+    """What a model has written so far under a full cache, by prompt and most tokens."""
+    return {}
 
 
 @lru_cache(maxsize=1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from keyformer.evaluation.flags import stop_without
 from keyformer.evaluation.study import Results
 from keyformer.evaluation.sweep import Row
-from keyformer.evaluation.tables import NAMES, compared_metric
+from keyformer.evaluation.tables import LOSSES, NAMES, compared_metric
 
 try:
     from matplotlib import rcParams
@@ -108,7 +108,7 @@ def draw_level(ax: Axes, full: Row, metric: str = "rouge2") -> None:
     """Full attention, and 99 % of it, the bar that MLPerf sets."""
     level = full.values[metric][0]
     ax.axhline(level, color=COLORS["full"], linewidth=1.2, label="full")
-    if metric != "bits":
+    if metric not in LOSSES:
         bar = 0.99 * level
         ax.axhline(bar, color=COLORS["full"], linewidth=1, linestyle=":", label="99 % of full")
 
@@ -126,19 +126,32 @@ def method_curves(results: Results, x: str, xlabel: str, title: str) -> Figure:
         ax.set_xlabel(xlabel)
         ax.set_xticks(list(dict.fromkeys(row.labels[x] for row in rows)))
         ax.set_ylabel(NAMES[metric])
-        if metric != "bits":
+        if metric not in LOSSES:
             ax.set_ylim(bottom=0)
     legend_of(figure, axes[0])
     return figure
 
 
-def draw_grid(ax: Axes, rows: Sequence[Row], x: str, y: str, metric: str = "rouge2") -> None:
-    """A metric over two labels, as colours and numbers."""
+def draw_grid(
+    ax: Axes,
+    rows: Sequence[Row],
+    x: str,
+    y: str,
+    metric: str = "rouge2",
+    span: tuple[float, float] | None = None,
+) -> None:
+    """A metric over two labels, as colours and numbers.
+
+    Parameters
+    ----------
+    span
+        What the colours reach over; by default the values there are.
+    """
     across = list(dict.fromkeys(row.labels[x] for row in rows))
     down = list(dict.fromkeys(row.labels[y] for row in rows))
     found = {(row.labels[y], row.labels[x]): row.values[metric][0] for row in rows}
     values = [[found[b, a] for a in across] for b in down]
-    lowest, highest = min(map(min, values)), max(map(max, values))
+    lowest, highest = span or (min(map(min, values)), max(map(max, values)))
     middle, half = (lowest + highest) / 2, max(highest - lowest, LEAST_SPAN) / 2
     low, high = middle - half, middle + half
     ax.imshow(values, cmap="viridis", aspect="auto", vmin=low, vmax=high)

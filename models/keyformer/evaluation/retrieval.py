@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keyformer.config import InputError
-from keyformer.evaluation.data import TASKS, Item, load_items
+from keyformer.evaluation.data import TASKS, Item, assistant, load_items, user
 
 CUT = "\x1e"
 """ASCII's record separator."""
@@ -36,24 +36,16 @@ def load_articles(path: Path) -> list[Item]:
     articles = load_items(path, TASKS["summarization"])
     for index, article in enumerate(articles):
         asked = article.get("questions")
-        good = isinstance(asked, list) and all(
-            isinstance(one, dict) and all(isinstance(one.get(n), str) for n in ("question", "answer"))
-            for one in asked
-        )
-        if not good or not isinstance(article.get("article"), str):
+        texts: list[object] = []
+        for one in asked if isinstance(asked, list) and asked else [None]:
+            given = one if isinstance(one, dict) else {}
+            texts += [given.get("question"), given.get("answer")]
+        if not all(isinstance(text, str) for text in texts):
             raise InputError(
-                f"{path}: item {index} is no article with questions: it needs 'article', 'summary'"
-                " and 'questions', a list of objects with 'question' and 'answer'"
+                f"{path}: item {index} is no article with questions: it needs 'questions', a"
+                " list of objects with 'question' and 'answer'"
             )
     return articles
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def _assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 def _briefly(question: str) -> str:
@@ -71,7 +63,7 @@ def questions(articles: Sequence[Item], later: bool) -> list[Item]:
     between = CUT if later else ""
     return [
         {
-            "messages": [_user(f"{of['article']}{between}\n\n{_briefly(one['question'])}")],
+            "messages": [user(f"{of['input']}{between}\n\n{_briefly(one['question'])}")],
             "answer": one["answer"],
         }
         for of in articles
@@ -99,7 +91,7 @@ def needles(
         hay: list[str] = []
         start = drawn.randrange(len(articles))
         for more in range(len(articles)):
-            hay += re.split(r"(?<=[.!?])\s+", articles[(start + more) % len(articles)]["article"])
+            hay += re.split(r"(?<=[.!?])\s+", articles[(start + more) % len(articles)]["input"])
             if sum(len(sentence.split()) for sentence in hay) >= words:
                 break
         else:
@@ -112,7 +104,7 @@ def needles(
         hay.insert(at, f"The number of the {what} is {code}.")
         between = CUT if later else ""
         asked = f"{between}\n\nWhat is the number of the {what}? Answer with the number."
-        found.append({"messages": [_user(" ".join(hay) + asked)], "answer": code})
+        found.append({"messages": [user(" ".join(hay) + asked)], "answer": code})
     return found
 
 
@@ -121,19 +113,19 @@ def chats(articles: Sequence[Item]) -> list[Item]:
     found = []
     for number, article in enumerate(articles):
         said = [
-            _user(f"{article['article']}\n\nSummarize this article in one sentence."),
-            _assistant(article["summary"] + CUT),
+            user(f"{article['input']}\n\nSummarize this article in one sentence."),
+            assistant(article["output"] + CUT),
         ]
         for turn in range(1, TURNS + 1):
             other = articles[(number + turn) % len(articles)]
-            opening = other["article"].split("\n\n")[0]
+            opening = other["input"].split("\n\n")[0]
             said += [
-                _user(f"{opening}\n\nWhat is this about?"),
-                _assistant(other["summary"] + CUT),
+                user(f"{opening}\n\nWhat is this about?"),
+                assistant(other["output"] + CUT),
             ]
         one = article["questions"][number % len(article["questions"])]
         asked = f"Back to the first article. {_briefly(one['question'])}"
-        found.append({"messages": [*said, _user(asked)], "answer": one["answer"]})
+        found.append({"messages": [*said, user(asked)], "answer": one["answer"]})
     return found
 
 

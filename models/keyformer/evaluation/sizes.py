@@ -1,37 +1,66 @@
-"""The sweep of figures 7 and 8: methods over the size of the cache."""
+"""Methods over the size of the cache, in percent of the prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from keyformer.config import KeyformerConfig
+from keyformer.config import METHODS, KeyformerConfig
+from keyformer.evaluation import flags as flag
 from keyformer.evaluation.pictures import method_curves
 from keyformer.evaluation.study import Study
-from keyformer.evaluation.sweep import Cell, Steps
+from keyformer.evaluation.sweep import Cell, Steps, plain
 from keyformer.evaluation.tables import labelled, print_differences, print_tables
 
-METHODS = ("window", "h2o", "keyformer")
+PAPER = ("window", "h2o", "keyformer")
+"""What the paper's figures compare."""
+
+COMPARED = ("window", "streaming_llm", "h2o", "keyformer")
+SIZES = (10, 20, 30, 50, 70, 90)
+
+RIVALS = ("full", "h2o")
+"""What every row's difference to is told."""
+
+
+def cells(methods: Iterable[str], sizes: Sequence[float]) -> list[Cell]:
+    """Full attention, then each method at each size."""
+    full = Cell({"method": "full", "kv_cache": ""}, KeyformerConfig.preset("full"))
+    return [
+        full,
+        *(
+            Cell(
+                {"method": method, "kv_cache": plain(size)},
+                KeyformerConfig.preset(method, kv_cache=size),
+            )
+            for method in methods
+            for size in sizes
+        ),
+    ]
+
+
+def compared_flags(parser: flag.Parser) -> None:
+    """Flags of methods and sizes."""
+    choices = [method for method in METHODS if method != "full"]
+    parser.add_argument("--methods", nargs="+", choices=choices, default=list(COMPARED))
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=flag.PERCENT_ABOVE_0,
+        default=list(SIZES),
+        help="of the cache, in %% of the prompt",
+    )
 
 
 def sweep_sizes(
     study: Study, sizes: Sequence[float], title: str, compared_at: Sequence[float]
 ) -> Steps:
-    """Measure full attention and ``METHODS`` at each size, print, write.
+    """Figures 7 and 8: measure full attention and ``PAPER`` at each size, print, write.
 
     Parameters
     ----------
-    sizes
-        Of the cache, in percent of the prompt.
     compared_at
-        Those at which Keyformer's differences from the others are printed.
+        Sizes at which Keyformer's differences from the others are printed.
     """
-    full = Cell({"method": "full", "kv_cache": ""}, KeyformerConfig.preset("full"))
-    smaller = (
-        Cell({"method": method, "kv_cache": size}, KeyformerConfig.preset(method, kv_cache=size))
-        for method in METHODS
-        for size in sizes
-    )
-    results = yield from study.measure([full, *smaller])
+    results = yield from study.measure(cells(PAPER, sizes))
     print_tables(results)
     for size in compared_at:
         for other in ("h2o", "window"):

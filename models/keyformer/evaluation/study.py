@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import shlex
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -46,6 +47,7 @@ BUNDLED = {
     "summarization": ROOT / "summarization" / "data" / "sample_eval.json",
     "conversation": ROOT / "conversation" / "data" / "sample_eval.json",
 }
+ARTICLES = ROOT / "summarization" / "data" / "articles.json"
 MODELS = ("mpt-tiny-keyformer", "gptj-tiny-keyformer", "cerebras-tiny-keyformer")
 KINDS = {"summarization": "news", "conversation": "dialogue"}
 """What the bundled models' corpus calls a task's documents."""
@@ -164,6 +166,10 @@ class Study:
         """The models' names, in their order."""
         return [Path(path).name for path in self.flags.model_path]
 
+    def max_new_tokens(self, task: str) -> int:
+        """How many tokens are generated for an item at most."""
+        return self.flags.max_new_tokens or TASKS[task].max_new_tokens
+
     def measures(
         self,
         kind: type[OnItems] = Rouge,
@@ -180,7 +186,8 @@ class Study:
                 items=of_task,
                 bs=flags.bs,
                 beam=flags.beam,
-                max_new_tokens=flags.max_new_tokens or TASKS[task].max_new_tokens,
+                max_new_tokens=self.max_new_tokens(task),
+                prompt_kind=flags.prompt,
                 **more,
             )
             for path in flags.model_path
@@ -273,10 +280,8 @@ class Study:
         settings = {name: getattr(self.flags, name) for name in ("bs", "dtype", "seeds")}
         if self.items:
             settings["items"] = {task: len(of) for task, of in self.items.items()}
-            settings["beam"] = self.flags.beam
-            settings["max_new_tokens"] = {
-                task: self.flags.max_new_tokens or TASKS[task].max_new_tokens for task in self.items
-            }
+            settings |= {"beam": self.flags.beam, "prompt": self.flags.prompt or "default"}
+            settings["max_new_tokens"] = {task: self.max_new_tokens(task) for task in self.items}
         came = record(sources(self.found))
         came["command"] = shlex.join(["python", f"paper/{self.name}.py", *self.argv])
         write_json(self._file("json", part), {**came, **settings, "rows": records})
@@ -299,6 +304,7 @@ def _generation_flags(parser: flag.Parser) -> None:
     parser.add_argument(
         "--dataset_path", nargs="+", type=Path, help="one a task (default: the bundled ones)"
     )
+    flag.prompt_flag(parser)
     parser.add_argument("--beam", type=flag.WIDTH, default=1, help="beams; the paper's runs use 4")
     parser.add_argument("--max_new_tokens", type=flag.whole(1), help="default: the task's")
 
@@ -312,6 +318,8 @@ def _flat(row: Row) -> Labels:
     """Each metric's mean and interval as columns."""
     columns: Labels = {}
     for metric, (mean, low, high) in row.values.items():
+        if math.isnan(mean):
+            continue
         columns |= {metric: round(mean, 4), f"{metric}_low": round(low, 4)}
         columns[f"{metric}_high"] = round(high, 4)
     return columns

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from keyformer.evaluation.study import Results
@@ -13,12 +15,20 @@ NAMES = {
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
     "bits": "bits per token",
+    "nll": "nats per token",
+    "agreement": "agreement, %",
+    "answered": "answered, %",
     "accuracy": "accuracy, %",
     "sparsity": "sparsity, %",
     "mass": "attention, %",
 }
-COMPARED = ("rouge2", "bits", "accuracy")
+LOSSES = ("bits", "nll")
+"""The metrics of which less is better."""
+
+COMPARED = ("rouge2", *LOSSES, "accuracy", "agreement", "answered")
 """The metrics by which methods are compared; of a row, the one that it has."""
+
+NOTHING: Estimate = (math.nan, math.nan, math.nan)
 
 Published = dict[str, dict[tuple[Any, ...], tuple[float, ...]]]
 """By model, and by the values of a row's labels, the paper's numbers: ROUGE-2 alone, or
@@ -36,7 +46,7 @@ def print_tables(results: Results, published: Published | None = None) -> None:
         known = (published or {}).get(model, {})
         compared = compared_metric(rows[0])
         print(f"\n{model}, {task}: mean and 95 % interval")
-        metrics = [NAMES[metric] for metric in rows[0].values]
+        metrics = [NAMES.get(metric, metric) for metric in rows[0].values]
         lines = [[*rows[0].labels, "seeds", *metrics]]
         groups = [""] * len(rows)
         if compared is not None:
@@ -54,7 +64,10 @@ def print_tables(results: Results, published: Published | None = None) -> None:
             )
         for row, letters in zip(rows, groups, strict=True):
             line = [str(value) for value in row.labels.values()] + [str(row.seeds)]
-            line += [f"{mean:.2f} ({a:.2f} to {b:.2f})" for mean, a, b in row.values.values()]
+            line += [
+                "" if math.isnan(mean) else f"{mean:.2f} ({a:.2f} to {b:.2f})"
+                for mean, a, b in row.values.values()
+            ]
             numbers = known.get(tuple(row.labels.values()), ())
             lines.append([*line, letters, " / ".join(f"{number:.2f}" for number in numbers)])
         print_columns(lines)
@@ -91,6 +104,27 @@ def _letter(number: int) -> str:
 def difference(first: Row, second: Row, metric: str = "rouge2") -> Estimate:
     """The mean of first - second over the items, and its interval: items are paired."""
     return estimate(first.per_item[metric] - second.per_item[metric])
+
+
+def with_differences(results: Results, rivals: Sequence[str]) -> Results:
+    """Rows with, for each rival, how far they are above that method's row of the same size.
+
+    The mean of the paired differences in the metric that rows are compared by, with its interval;
+    NaN where there is no such row.
+    """
+    found: Results = {}
+    for panel, rows in results.items():
+        by_method = {(row.labels["method"], row.labels["kv_cache"]): row for row in rows}
+        found[panel] = []
+        for row in rows:
+            values = dict(row.values)
+            for name in rivals:
+                rival = by_method.get((name, row.labels["kv_cache"]), by_method.get((name, "")))
+                values[f"minus {name}"] = (
+                    difference(row, rival, compared_metric(row) or "") if rival else NOTHING
+                )
+            found[panel].append(replace(row, values=values))
+    return found
 
 
 def print_differences(
