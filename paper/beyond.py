@@ -24,7 +24,7 @@ from keyformer.evaluation.sweep import Cell, Labels, Row, Steps, plain
 from keyformer.evaluation.tables import (
     LOSSES,
     compared_metric,
-    difference,
+    gain,
     print_columns,
     print_tables,
 )
@@ -147,14 +147,6 @@ def baselines(size: float) -> list[Cell]:
     return [Cell(labels(name, config), config) for name, config in configs]
 
 
-def gain(row: Row, rival: Row) -> tuple[float, float]:
-    """How much better a row is than another, and that in standard errors."""
-    metric = compared_metric(row) or ""
-    mean, low, high = difference(row, rival, metric)
-    sign = -1 if metric in LOSSES else 1
-    return sign * mean, sign * mean / max((high - low) / 3.92, 1e-9)
-
-
 def ranked(results: Results, rivals: int) -> list[Cell]:
     """Settings by their worst comparison with any of the first rows, in standard errors.
 
@@ -163,7 +155,7 @@ def ranked(results: Results, rivals: int) -> list[Cell]:
     worst: dict[int, float] = {}
     for rows in results.values():
         for number, row in enumerate(rows[rivals:]):
-            least = min(gain(row, rival)[1] for rival in rows[:rivals])
+            least = min(gain(row, rival, in_errors=True) for rival in rows[:rivals])
             worst[number] = min(worst.get(number, math.inf), least)
     rows = next(iter(results.values()))
     known = [row.config for row in rows[:rivals]]

@@ -8,7 +8,7 @@ from keyformer.config import KeyformerConfig
 from keyformer.evaluation.pictures import method_curves
 from keyformer.evaluation.study import Study, run_study
 from keyformer.evaluation.sweep import Cell, Steps
-from keyformer.evaluation.tables import print_tables
+from keyformer.evaluation.tables import gain, print_tables
 
 METHODS = ("h2o", "keyformer")
 SHARES = (10, 20, 30, 40, 50, 60, 70, 80, 90)
@@ -28,11 +28,11 @@ def main(argv: Sequence[str] | None = None) -> Steps:
     )
     results = yield from study.measure([full, *cells])
     print_tables(results)
-    print("\nBest recent window, % of the cache (ROUGE-2):")
-    for (model, task), (_, *rows) in results.items():
+    print("\nBest recent window, % of the cache:")
+    for (model, task), (full_row, *rows) in results.items():
         for method in METHODS:
             of_method = [row for row in rows if row.labels["method"] == method]
-            best = max(of_method, key=lambda row: row.values["rouge2"][0])
+            best = max(of_method, key=lambda row: gain(row, full_row))
             print(f"  {model}, {task}, {method}: {best.labels['recent']}")
     title = "Recent window at 50 % of the cache"
     study.write(results, method_curves(results, "recent", "recent window, % of the cache", title))

@@ -8,16 +8,13 @@ each method would write too (``agreement``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from keyformer.evaluation.measures import Agreement, Reference, Rouge
+from keyformer.evaluation.measures import SUMMARIES
 from keyformer.evaluation.pictures import method_curves
 from keyformer.evaluation.sizes import RIVALS, cells, compared_flags
 from keyformer.evaluation.study import Study, run_study
 from keyformer.evaluation.sweep import Steps
 from keyformer.evaluation.tables import print_tables, with_differences
-
-MEASURES: dict[str, Any] = {"rouge": Rouge, "reference": Reference, "agreement": Agreement}
 
 
 def main(argv: Sequence[str] | None = None) -> Steps:
@@ -25,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
     study = Study("summaries", __doc__, argv, more_flags=compared_flags)
     measures = {
         (model, name if len(study.items) == 1 else f"{task}, {name}"): measure
-        for name, kind in MEASURES.items()
+        for name, kind in SUMMARIES.items()
         for (model, task), measure in study.measures(kind).items()
     }
     results = yield from study.measure(cells(study.flags.methods, study.flags.sizes), measures)

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         labelled(tau_init=1.0, tau_end=1.0),
     )
     figure, axes = panels(
-        results, "ROUGE-2 by temperature, 60 % of the cache", ylabel="tau_init, at the prompt"
+        results, "By temperature, 60 % of the cache", ylabel="tau_init, at the prompt"
     )
     for ax, rows in zip(axes, results.values(), strict=True):
         draw_grid(ax, rows, "tau_end", "tau_init")

@@ -265,6 +265,10 @@ class Agreement(OnItems):
         return [known[asked[item]] for item in items]
 
 
+SUMMARIES: dict[str, Any] = {"rouge": Rouge, "reference": Reference, "agreement": Agreement}
+"""How summaries are measured."""
+
+
 @dataclass(frozen=True)
 class Answered(OnItems):
     """answered: 100 if what is written greedily contains the item's answer, else 0.

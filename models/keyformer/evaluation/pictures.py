@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from keyformer.evaluation.flags import stop_without
 from keyformer.evaluation.study import Results
 from keyformer.evaluation.sweep import Row
-from keyformer.evaluation.tables import LOSSES, NAMES, compared_metric
+from keyformer.evaluation.tables import LOSSES, NAMES, compared_metric, digits_of
 
 try:
     from matplotlib import rcParams
@@ -43,12 +43,20 @@ COLORS = {
 PALETTE = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#bcbd22")
 """Of what is no method."""
 
-LEAST_SPAN = 5.0
-"""Of a grid's colours, so that small differences look small."""
+LEAST_SPAN = (5.0, 0.1)
+"""Of a grid's colours, in percent and of losses, so that small differences look small."""
 
 
-def panels(results: Results, title: str, ylabel: str = "ROUGE-2") -> tuple[Figure, list[Axes]]:
-    """A figure with one panel a model and task, in the order of ``results``."""
+def panels(results: Results, title: str, ylabel: str | None = None) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel a model and task, in the order of ``results``.
+
+    Parameters
+    ----------
+    ylabel
+        Default: the metric that rows are compared by.
+    """
+    if ylabel is None:
+        ylabel = NAMES[_metric(next(iter(results.values()))[0])]
     count = len(results)
     tasks = len({task for _, task in results})
     columns = tasks if tasks > 1 else min(count, 3)
@@ -66,10 +74,16 @@ def panels(results: Results, title: str, ylabel: str = "ROUGE-2") -> tuple[Figur
     return figure, axes[:count]
 
 
+def _metric(row: Row) -> str:
+    """The one that rows are compared by."""
+    return compared_metric(row) or ""
+
+
 def draw_line(
-    ax: Axes, rows: Sequence[Row], x: str, label: str, color: str, metric: str = "rouge2"
+    ax: Axes, rows: Sequence[Row], x: str, label: str, color: str, metric: str | None = None
 ) -> None:
-    """A metric against a label, its interval shaded."""
+    """A metric, by default the one compared by, against a label, its interval shaded."""
+    metric = metric or _metric(rows[0])
     at = [row.labels[x] for row in rows]
     mean, low, high = zip(*(row.values[metric] for row in rows), strict=True)
     ax.plot(at, mean, marker="o", markersize=4, label=label, color=color)
@@ -77,17 +91,18 @@ def draw_line(
 
 
 def method_bars(results: Results, title: str) -> Figure:
-    """A panel each: every row's ROUGE-2 with its number and interval, names at the left."""
+    """A panel each: every row's metric with its number and interval, names at the left."""
     figure, axes = panels(results, title, ylabel="")
     for number, (ax, rows) in enumerate(zip(axes, results.values(), strict=True)):
         names = [[str(value).replace("_", " ") for value in row.labels.values()] for row in rows]
         for place, row in enumerate(rows):
-            mean, low, high = row.values["rouge2"]
+            metric = _metric(row)
+            mean, low, high = row.values[metric]
             color = COLORS.get(str(row.labels.get("method")), PALETTE[place % len(PALETTE)])
             ax.barh(place, mean, color=color, alpha=0.85, height=0.7)
             ax.plot([low, high], [place, place], color="black", linewidth=1.2)
             ax.annotate(
-                f"{mean:.1f}",
+                f"{mean:.{digits_of(metric) - 1}f}",
                 (high, place),
                 xytext=(4, 0),
                 textcoords="offset points",
@@ -99,13 +114,17 @@ def method_bars(results: Results, title: str) -> Figure:
         ax.invert_yaxis()
         ax.grid(False, axis="y")
         ax.margins(x=0.15)
-        ax.set_xlim(left=0)
-        ax.set_xlabel("ROUGE-2")
+        if metric not in LOSSES:
+            ax.set_xlim(left=0)
+        else:  # which differ by little: from somewhat below the least
+            ax.set_xlim(left=0.95 * min(row.values[metric][1] for row in rows))
+        ax.set_xlabel(NAMES[metric])
     return figure
 
 
-def draw_level(ax: Axes, full: Row, metric: str = "rouge2") -> None:
+def draw_level(ax: Axes, full: Row, metric: str | None = None) -> None:
     """Full attention, and 99 % of it, the bar that MLPerf sets."""
+    metric = metric or _metric(full)
     level = full.values[metric][0]
     ax.axhline(level, color=COLORS["full"], linewidth=1.2, label="full")
     if metric not in LOSSES:
@@ -117,7 +136,7 @@ def method_curves(results: Results, x: str, xlabel: str, title: str) -> Figure:
     """A panel each: full attention, the first row, and a line for every other method."""
     figure, axes = panels(results, title, ylabel="")
     for ax, (full, *rows) in zip(axes, results.values(), strict=True):
-        metric = compared_metric(full) or ""
+        metric = _metric(full)
         draw_level(ax, full, metric)
         others = iter(PALETTE[2:])
         for method in dict.fromkeys(row.labels["method"] for row in rows):
@@ -137,7 +156,7 @@ def draw_grid(
     rows: Sequence[Row],
     x: str,
     y: str,
-    metric: str = "rouge2",
+    metric: str | None = None,
     span: tuple[float, float] | None = None,
 ) -> None:
     """A metric over two labels, as colours and numbers.
@@ -147,12 +166,13 @@ def draw_grid(
     span
         What the colours reach over; by default the values there are.
     """
+    metric = metric or _metric(rows[0])
     across = list(dict.fromkeys(row.labels[x] for row in rows))
     down = list(dict.fromkeys(row.labels[y] for row in rows))
     found = {(row.labels[y], row.labels[x]): row.values[metric][0] for row in rows}
     values = [[found[b, a] for a in across] for b in down]
     lowest, highest = span or (min(map(min, values)), max(map(max, values)))
-    middle, half = (lowest + highest) / 2, max(highest - lowest, LEAST_SPAN) / 2
+    middle, half = (lowest + highest) / 2, max(highest - lowest, LEAST_SPAN[metric in LOSSES]) / 2
     low, high = middle - half, middle + half
     ax.imshow(values, cmap="viridis", aspect="auto", vmin=low, vmax=high)
     ax.grid(False)
@@ -161,7 +181,15 @@ def draw_grid(
     for i, line in enumerate(values):
         for j, value in enumerate(line):
             color = "white" if value < middle else "black"
-            ax.text(j, i, f"{value:.1f}", ha="center", va="center", color=color, fontsize=8)
+            ax.text(
+                j,
+                i,
+                f"{value:.{digits_of(metric) - 1}f}",
+                ha="center",
+                va="center",
+                color=color,
+                fontsize=8,
+            )
 
 
 def legend_of(figure: Figure, ax: Axes) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import TASKS, Item, load_items, sample
-from keyformer.evaluation.measures import OnItems, Rouge
+from keyformer.evaluation.measures import SUMMARIES, OnItems
 from keyformer.evaluation.processes import is_main
 from keyformer.evaluation.results import (
     check_record,
@@ -172,12 +172,19 @@ class Study:
 
     def measures(
         self,
-        kind: type[OnItems] = Rouge,
+        kind: type[OnItems] | None = None,
         items: Mapping[str, list[Item]] | None = None,
         **more: Any,
     ) -> dict[Panel, OnItems]:
-        """A measure for each model and task, on ``items`` by task or the study's own."""
+        """A measure for each model and task, of a kind or what --measure says.
+
+        Parameters
+        ----------
+        items
+            By task; default: the study's own.
+        """
         flags = self.flags
+        kind = kind or SUMMARIES[flags.measure]
         return {
             (Path(path).name, task): kind(
                 path=path,
@@ -205,7 +212,7 @@ class Study:
         Parameters
         ----------
         measures
-            What is measured in each panel; by default ROUGE.
+            What is measured in each panel; by default what --measure says.
         seeds
             By default those of the flags.
         """
@@ -280,6 +287,7 @@ class Study:
         settings = {name: getattr(self.flags, name) for name in ("bs", "dtype", "seeds")}
         if self.items:
             settings["items"] = {task: len(of) for task, of in self.items.items()}
+            settings["measure"] = getattr(self.flags, "measure", None)
             settings |= {"beam": self.flags.beam, "prompt": self.flags.prompt or "default"}
             settings["max_new_tokens"] = {task: self.max_new_tokens(task) for task in self.items}
         came = record(sources(self.found))
@@ -303,6 +311,13 @@ def _generation_flags(parser: flag.Parser) -> None:
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["summarization"])
     parser.add_argument(
         "--dataset_path", nargs="+", type=Path, help="one a task (default: the bundled ones)"
+    )
+    parser.add_argument(
+        "--measure",
+        choices=SUMMARIES,
+        default="rouge",
+        help="of summaries: rouge; reference, the negative log-likelihood of a token of the"
+        " reference; agreement with the full cache's (default: %(default)s)",
     )
     flag.prompt_flag(parser)
     parser.add_argument("--beam", type=flag.WIDTH, default=1, help="beams; the paper's runs use 4")

@@ -40,11 +40,17 @@ def compared_metric(row: Row) -> str | None:
     return next((metric for metric in COMPARED if metric in row.values), None)
 
 
+def digits_of(metric: str | None) -> int:
+    """How many are printed after the point."""
+    return 3 if metric in LOSSES else 2
+
+
 def print_tables(results: Results, published: Published | None = None) -> None:
     """For each panel its rows: labels, metrics with intervals, overlaps, the paper's numbers."""
     for (model, task), rows in results.items():
-        known = (published or {}).get(model, {})
         compared = compared_metric(rows[0])
+        known = (published or {}).get(model, {}) if compared == "rouge2" else {}
+        digits = digits_of(compared)
         print(f"\n{model}, {task}: mean and 95 % interval")
         metrics = [NAMES.get(metric, metric) for metric in rows[0].values]
         lines = [[*rows[0].labels, "seeds", *metrics]]
@@ -65,7 +71,7 @@ def print_tables(results: Results, published: Published | None = None) -> None:
         for row, letters in zip(rows, groups, strict=True):
             line = [str(value) for value in row.labels.values()] + [str(row.seeds)]
             line += [
-                "" if math.isnan(mean) else f"{mean:.2f} ({a:.2f} to {b:.2f})"
+                "" if math.isnan(mean) else f"{mean:.{digits}f} ({a:.{digits}f} to {b:.{digits}f})"
                 for mean, a, b in row.values.values()
             ]
             numbers = known.get(tuple(row.labels.values()), ())
@@ -101,9 +107,23 @@ def _letter(number: int) -> str:
     return chr(ord("a") + number) if number < 26 else chr(ord("A") + number - 26)
 
 
-def difference(first: Row, second: Row, metric: str = "rouge2") -> Estimate:
-    """The mean of first - second over the items, and its interval: items are paired."""
+def difference(first: Row, second: Row, metric: str | None = None) -> Estimate:
+    """The mean of first - second over the items, and its interval: items are paired.
+
+    Parameters
+    ----------
+    metric
+        Default: the one that rows are compared by.
+    """
+    metric = metric or compared_metric(first) or ""
     return estimate(first.per_item[metric] - second.per_item[metric])
+
+
+def gain(row: Row, rival: Row, in_errors: bool = False) -> float:
+    """How much better a row is than another, in the metric compared by or in standard errors."""
+    mean, low, high = difference(row, rival)
+    sign = -1 if compared_metric(row) in LOSSES else 1
+    return sign * mean / (max((high - low) / 3.92, 1e-9) if in_errors else 1)
 
 
 def with_differences(results: Results, rivals: Sequence[str]) -> Results:
@@ -120,9 +140,7 @@ def with_differences(results: Results, rivals: Sequence[str]) -> Results:
             values = dict(row.values)
             for name in rivals:
                 rival = by_method.get((name, row.labels["kv_cache"]), by_method.get((name, "")))
-                values[f"minus {name}"] = (
-                    difference(row, rival, compared_metric(row) or "") if rival else NOTHING
-                )
+                values[f"minus {name}"] = difference(row, rival) if rival else NOTHING
             found[panel].append(replace(row, values=values))
     return found
 
@@ -132,9 +150,17 @@ def print_differences(
     question: str,
     first: Callable[[Row], bool],
     second: Callable[[Row], bool],
-    metric: str = "rouge2",
+    metric: str | None = None,
 ) -> None:
-    """In each panel, by how much the one row that ``first`` picks is above that of ``second``."""
+    """In each panel, by how much the one row that ``first`` picks is above that of ``second``.
+
+    Parameters
+    ----------
+    metric
+        Default: the one that rows are compared by.
+    """
+    metric = metric or compared_metric(next(iter(results.values()))[0]) or ""
+    digits = digits_of(metric)
     print(f"\n{question} ({NAMES[metric]}, mean of paired differences and 95 % interval)")
     lines = [["model", "task", "difference", "so"]]
     for (model, task), rows in results.items():
@@ -143,7 +169,8 @@ def print_differences(
         so = "cannot be told apart" if low <= 0 <= high else "more" if mean > 0 else "less"
         if (a.per_item[metric] == b.per_item[metric]).all():
             so = "equal on every document"
-        lines.append([model, task, f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", so])
+        by = f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+        lines.append([model, task, by, so])
     print_columns(lines)
 
 
