@@ -75,24 +75,27 @@ def main(argv: Sequence[str] | None = None) -> Steps:
     print_tables(results)
     title = "Answers to questions after eviction"
     study.write(results, method_curves(results, "kv_cache", "cache, % of the prompt", title))
-    for model in study.models:
-        mapped = by_place(results[model, "needle"], places)
-        figure, axes = panels(mapped, f"Needles found by {model}, %", ylabel="depth, %")
-        for ax, rows in zip(axes, mapped.values(), strict=True):
-            draw_grid(ax, rows, "words", "depth", "answered", span=(0, 100))
-            ax.set_xlabel("words")
-        study.draw(figure, f"-needle-{model}")
+    mapped = {
+        panel: rows
+        for model in study.models
+        for panel, rows in by_place(model, results[model, "needle"], places).items()
+    }
+    figure, axes = panels(mapped, "Needles found, %", ylabel="depth, %", columns=3)
+    for ax, rows in zip(axes, mapped.values(), strict=True):
+        draw_grid(ax, rows, "words", "depth", span=(0, 100))
+        ax.set_xlabel("words")
+    study.write(mapped, figure, "_needles")
 
 
-def by_place(rows: Sequence[Row], places: Sequence[Place]) -> Results:
+def by_place(model: str, rows: Sequence[Row], places: Sequence[Place]) -> Results:
     """Needles found at each place: a panel for the full cache, and each method at MAPPED sizes."""
     found: Results = {}
     for row in rows:
-        method, size = row.labels["method"], row.labels["kv_cache"]
-        if method != "full" and size not in MAPPED:
+        size = row.labels["kv_cache"]
+        if size not in ("", *MAPPED):
             continue
         of_place = row.per_item["answered"].reshape(len(places), -1)
-        found[method, "everything" if method == "full" else f"{size} %"] = [
+        found[model, " ".join(filter(None, (row.labels["method"], size and f"{size} %")))] = [
             Row(
                 {"words": words, "depth": depth},
                 row.config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -273,7 +274,8 @@ SUMMARIES: dict[str, Any] = {"rouge": Rouge, "reference": Reference, "agreement"
 class Answered(OnItems):
     """answered: 100 if what is written greedily contains the item's answer, else 0.
 
-    Items are those of :mod:`keyformer.evaluation.retrieval`.
+    answer_nll: of a token of that answer, had the model begun with it, on average, in nats. Items
+    are those of :mod:`keyformer.evaluation.retrieval`.
     """
 
     depends_on = ("dtype", "bs", "prompt_kind", "max_new_tokens")
@@ -295,11 +297,17 @@ class Answered(OnItems):
         texts = [self._parts(self.items[item], model, tokenizer) for item in items]
         ids = [noise_id(self.items[item]) for item in items]
         cache, logits = read(model, texts, config, ids, self.max_new_tokens)
+        answers = [self.items[item]["answer"] for item in items]
+        right = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers]
+        judged = judge(model, copy.deepcopy(cache), logits, right)
         written = write(model, cache, logits, self.max_new_tokens)
         said = tokenizer.batch_decode(written, skip_special_tokens=True)
         return [
-            {"answered": 100.0 * answered(text, self.items[item]["answer"])}
-            for item, text in zip(items, said, strict=True)
+            {
+                "answered": 100.0 * answered(text, answer),
+                "answer_nll": round(float(lost.mean()), 5),
+            }
+            for text, answer, (lost, _) in zip(said, answers, judged, strict=True)
         ]
 
     def _parts(

@@ -47,19 +47,23 @@ LEAST_SPAN = (5.0, 0.1)
 """Of a grid's colours, in percent and of losses, so that small differences look small."""
 
 
-def panels(results: Results, title: str, ylabel: str | None = None) -> tuple[Figure, list[Axes]]:
+def panels(
+    results: Results, title: str, ylabel: str | None = None, columns: int | None = None
+) -> tuple[Figure, list[Axes]]:
     """A figure with one panel a model and task, in the order of ``results``.
 
     Parameters
     ----------
     ylabel
         Default: the metric that rows are compared by.
+    columns
+        Default: one a task, or up to three.
     """
     if ylabel is None:
         ylabel = NAMES[_metric(next(iter(results.values()))[0])]
     count = len(results)
     tasks = len({task for _, task in results})
-    columns = tasks if tasks > 1 else min(count, 3)
+    columns = columns or (tasks if tasks > 1 else min(count, 3))
     lines = -(-count // columns)
     size = (max(5.4, 0.6 + 4.0 * columns), 0.5 + 3.1 * lines)
     figure = Figure(figsize=size, layout="constrained")

@@ -129,7 +129,7 @@ class Study:
         self.found: list[Found] = []
         check_writable(flags.out, folder=True)
         # A study may have parts, each with files of its own.
-        parts = {path.stem.removeprefix(name) for path in flags.out.glob(f"{name}[a-z].*")}
+        parts = {path.stem.removeprefix(name) for path in flags.out.glob(f"{name}[a-z_]*.*")}
         for part in ("", *sorted(parts)):
             written, *files = (self._file(kind, part) for kind in ("json", "csv", "png", "svg"))
             check_record(written, *files, script=f"{name}.py", store=flags.store)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from keyformer.evaluation.study import Results
@@ -18,15 +19,19 @@ NAMES = {
     "nll": "nats per token",
     "agreement": "agreement, %",
     "answered": "answered, %",
+    "answer_nll": "the answer's nats per token",
     "accuracy": "accuracy, %",
     "sparsity": "sparsity, %",
     "mass": "attention, %",
 }
-LOSSES = ("bits", "nll")
+LOSSES = ("bits", "nll", "answer_nll")
 """The metrics of which less is better."""
 
-COMPARED = ("rouge2", *LOSSES, "accuracy", "agreement", "answered")
+COMPARED = ("rouge2", "bits", "nll", "accuracy", "agreement", "answered", "answer_nll")
 """The metrics by which methods are compared; of a row, the one that it has."""
+
+MINUS = "_minus_"
+"""Between a metric and what a row's difference in it is to."""
 
 NOTHING: Estimate = (math.nan, math.nan, math.nan)
 
@@ -40,9 +45,15 @@ def compared_metric(row: Row) -> str | None:
     return next((metric for metric in COMPARED if metric in row.values), None)
 
 
-def digits_of(metric: str | None) -> int:
-    """How many are printed after the point."""
-    return 3 if metric in LOSSES else 2
+def digits_of(metric: str) -> int:
+    """How many are printed after the point, of a metric or a difference in it."""
+    return 3 if metric.split(MINUS)[0] in LOSSES else 2
+
+
+def spanned(value: Estimate, digits: int, sign: str = "") -> str:
+    """A mean with its interval."""
+    mean, low, high = (f"{number:{sign}.{digits}f}" for number in value)
+    return f"{mean} ({low} to {high})"
 
 
 def print_tables(results: Results, published: Published | None = None) -> None:
@@ -50,9 +61,8 @@ def print_tables(results: Results, published: Published | None = None) -> None:
     for (model, task), rows in results.items():
         compared = compared_metric(rows[0])
         known = (published or {}).get(model, {}) if compared == "rouge2" else {}
-        digits = digits_of(compared)
         print(f"\n{model}, {task}: mean and 95 % interval")
-        metrics = [NAMES.get(metric, metric) for metric in rows[0].values]
+        metrics = [NAMES.get(metric, metric.replace("_", " ")) for metric in rows[0].values]
         lines = [[*rows[0].labels, "seeds", *metrics]]
         groups = [""] * len(rows)
         if compared is not None:
@@ -71,8 +81,8 @@ def print_tables(results: Results, published: Published | None = None) -> None:
         for row, letters in zip(rows, groups, strict=True):
             line = [str(value) for value in row.labels.values()] + [str(row.seeds)]
             line += [
-                "" if math.isnan(mean) else f"{mean:.{digits}f} ({a:.{digits}f} to {b:.{digits}f})"
-                for mean, a, b in row.values.values()
+                "" if math.isnan(value[0]) else spanned(value, digits_of(metric))
+                for metric, value in row.values.items()
             ]
             numbers = known.get(tuple(row.labels.values()), ())
             lines.append([*line, letters, " / ".join(f"{number:.2f}" for number in numbers)])
@@ -129,7 +139,7 @@ def gain(row: Row, rival: Row, in_errors: bool = False) -> float:
 def with_differences(results: Results, rivals: Sequence[str]) -> Results:
     """Rows with, for each rival, how far they are above that method's row of the same size.
 
-    The mean of the paired differences in the metric that rows are compared by, with its interval;
+    The mean of the paired differences with its interval, in each metric that rows are compared by;
     NaN where there is no such row.
     """
     found: Results = {}
@@ -138,9 +148,10 @@ def with_differences(results: Results, rivals: Sequence[str]) -> Results:
         found[panel] = []
         for row in rows:
             values = dict(row.values)
-            for name in rivals:
+            for metric, name in product(filter(row.values.__contains__, COMPARED), rivals):
                 rival = by_method.get((name, row.labels["kv_cache"]), by_method.get((name, "")))
-                values[f"minus {name}"] = difference(row, rival) if rival else NOTHING
+                found_in = difference(row, rival, metric) if rival else NOTHING
+                values[f"{metric}{MINUS}{name}"] = found_in
             found[panel].append(replace(row, values=values))
     return found
 
@@ -160,7 +171,6 @@ def print_differences(
         Default: the one that rows are compared by.
     """
     metric = metric or compared_metric(next(iter(results.values()))[0]) or ""
-    digits = digits_of(metric)
     print(f"\n{question} ({NAMES[metric]}, mean of paired differences and 95 % interval)")
     lines = [["model", "task", "difference", "so"]]
     for (model, task), rows in results.items():
@@ -169,8 +179,7 @@ def print_differences(
         so = "cannot be told apart" if low <= 0 <= high else "more" if mean > 0 else "less"
         if (a.per_item[metric] == b.per_item[metric]).all():
             so = "equal on every document"
-        by = f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
-        lines.append([model, task, by, so])
+        lines.append([model, task, spanned((mean, low, high), digits_of(metric), "+"), so])
     print_columns(lines)
 
 
