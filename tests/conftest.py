@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import importlib.util
+import json
 import os
-import runpy
-import signal
 import socket
+import subprocess
 import sys
-import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read on import; test_downloads has a hub of its own
 os.environ["OMP_NUM_THREADS"] = "1"  # of scripts too: there is a test for each core
@@ -24,7 +25,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read on import: kernels run on the CPU, as numpy
 
 import pytest
-from accelerate import PartialState
 from families import small_model
 from originals import ORIGINALS
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,8 +43,26 @@ def script(folder: str, name: str):
     return module
 
 
+@functools.cache
+def zygote() -> Callable[[dict[str, Any]], Any]:
+    """Asks the process that scripts are forked from, see zygote.py; started once."""
+    path = str(Path(__file__).with_name("zygote.py"))
+    process = subprocess.Popen(
+        [sys.executable, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+    asked, answers = process.stdin, process.stdout
+    atexit.register(asked.close)
+
+    def ask(request: dict[str, Any]) -> Any:
+        print(json.dumps(request), file=asked, flush=True)
+        return json.loads(answers.readline())
+
+    return ask
+
+
 class Forked:
-    """A script in a process of its own, as from a terminal; forked, so that torch is there.
+    """A script in a process of its own, as from a terminal, but torch is there already.
 
     Attributes
     ----------
@@ -54,50 +72,23 @@ class Forked:
 
     def __init__(self, command: list[str], folder: Path, **environment: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._said = [folder / "stdout", folder / "stderr"]
-        for file in self._said:
-            file.touch()
+        self._folder = folder
         self._code: int | None = None
-        self.pid = os.fork()
-        if not self.pid:
-            self._run(command, environment)
+        request = {"command": command, "folder": str(folder), "environment": environment}
+        self.pid: int = zygote()(request)
 
-    def _run(self, command: list[str], environment: dict[str, str]) -> NoReturn:
-        code: Any = 1
-        try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.environ.update(environment)
-            for number, file in enumerate(self._said, start=1):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_TRUNC), number)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            PartialState._reset_state()
-            sys.argv = command
-            runpy.run_path(command[0], run_name="__main__")
-            code = 0
-        except SystemExit as ended:
-            code = ended.code or 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-    def poll(self) -> int | None:
+    def poll(self, block: bool = False) -> int | None:
         """The exit code, that of a signal negative; None while it runs."""
-        return self._look(os.WNOHANG)
+        if self._code is None:
+            self._code = zygote()({"pid": self.pid, "block": block})
+        return self._code
 
     def wait(self) -> tuple[int, str, str]:
         """The exit code once it has ended, and what it printed to stdout and stderr."""
-        code = self._look(0)
+        code = self.poll(block=True)
         assert code is not None
-        out, err = (file.read_text() for file in self._said)
+        out, err = ((self._folder / name).read_text() for name in ("stdout", "stderr"))
         return code, out, err
-
-    def _look(self, how: int) -> int | None:
-        if self._code is None:
-            pid, status = os.waitpid(self.pid, how)
-            self._code = os.waitstatus_to_exitcode(status) if pid else None
-        return self._code
 
 
 def forked_ranks(command: list[str], folder: Path, count: int) -> list[Forked]:

@@ -117,6 +117,8 @@ def test_digits_are_tokens_of_their_own(index, out) -> None:
     _, tokenizer = load_model(out, device="cpu")
     split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in\n\n19 keys")
     assert [part for part, _ in split] == ["in", "ĊĊ", "1", "9", "Ġkeys"]
+    text = "the keys, 19 of them"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]).removeprefix(tokenizer.bos_token) == text
 
 
 def test_second_run_fetches_nothing(index, out, capsys, monkeypatch) -> None:

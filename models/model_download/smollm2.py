@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 
 from keyformer import InputError, disable_keyformer, load_model
 from keyformer.gguf import check_gguf_package
@@ -143,10 +143,16 @@ def convert(file: Path, made: Path) -> None:
     """Write the checkpoint of a .gguf file: bfloat16 weights, tokenizer, card and record."""
     with redirect_stderr(io.StringIO()):  # progress bars
         model, tokenizer = load_model(file, device="cpu", dtype=torch.bfloat16)
-        # SmolLM2's own, of which the file has but the name.
+        # SmolLM2's own, of which the file has but the name; versions of transformers fill it in
+        # each in its way.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
         )
+        tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.clean_up_tokenization_spaces = False
+        for name in ("bos", "eos", "pad"):
+            token = tokenizer.convert_ids_to_tokens(getattr(model.config, f"{name}_token_id"))
+            setattr(tokenizer, f"{name}_token", token)
         disable_keyformer(model).save_pretrained(made)
         tokenizer.save_pretrained(made)
     shutil.copymode(made / "config.json", made / "model.safetensors")  # not for its owner only

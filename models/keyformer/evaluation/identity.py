@@ -77,14 +77,21 @@ def code_hash(*modules: str) -> str:
     asked = list(modules)
     while asked:
         name = asked.pop()
-        source = _source(name)
-        if name in found or source is None:
-            continue
-        tree = ast.parse(source.read_bytes())
-        found[name] = _without_docstrings(tree)
-        asked += _imported(tree)
-        asked += [name.rpartition(".")[0]] if "." in name else []
+        if name not in found and (code := _code(name)) is not None:
+            found[name], imported = code
+            asked += imported
     return digest(found)
+
+
+@lru_cache
+def _code(name: str) -> tuple[str, list[str]] | None:
+    """What a module of this project does, hashed, and what it imports; None of another's."""
+    source = _source(name)
+    if source is None:
+        return None
+    tree = ast.parse(source.read_bytes())
+    imported = [*_imported(tree), *([name.rpartition(".")[0]] if "." in name else [])]
+    return digest(_without_docstrings(tree)), imported
 
 
 def _source(name: str) -> Path | None:
@@ -142,7 +149,10 @@ def weights_hash(path: str) -> str:
     folder = Path(path)
     if not folder.exists():
         # A commit of the hub names its content; load_model says what is wrong where there is none.
-        config = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)
+        try:
+            config = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)
+        except OSError:
+            config = None
         return f"{path}@{Path(config).parent.name}" if config else path
     files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
     hashes = {}
