@@ -17,7 +17,7 @@ from keyformer.evaluation.pictures import draw_grid, method_curves, panels
 from keyformer.evaluation.retrieval import chats, load_articles, needles, questions
 from keyformer.evaluation.sizes import RIVALS, cells, compared_flags
 from keyformer.evaluation.study import ARTICLES, ROOT, Results, Study, run_study
-from keyformer.evaluation.sweep import Row, Steps, estimate
+from keyformer.evaluation.sweep import Row, Steps, estimate, plain
 from keyformer.evaluation.tables import print_tables, with_differences
 
 MODEL = ROOT / "models" / "smollm2-135m"
@@ -97,7 +97,7 @@ def by_place(model: str, rows: Sequence[Row], places: Sequence[Place]) -> Result
         of_place = row.per_item["answered"].reshape(len(places), -1)
         found[model, " ".join(filter(None, (row.labels["method"], size and f"{size} %")))] = [
             Row(
-                {"words": words, "depth": depth},
+                {"words": words, "depth": plain(depth)},
                 row.config,
                 row.seeds,
                 {},

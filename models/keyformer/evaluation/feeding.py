@@ -37,6 +37,9 @@ def read(
 ) -> tuple[KeyformerCache, Tensor]:
     """Feed a batch of texts, each in the same number of parts, a part in one forward.
 
+    Parts of other lengths are padded at their left, which models whose ALiBi counts columns (MPT)
+    take for distance: there give texts of several parts alone.
+
     Parameters
     ----------
     noise_ids

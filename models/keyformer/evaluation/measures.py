@@ -294,10 +294,29 @@ class Answered(OnItems):
     ) -> list[Result]:
         """Read, answer, look."""
         model, tokenizer = self.load(device)
-        texts = [self._parts(self.items[item], model, tokenizer) for item in items]
+        texts = {item: self._parts(self.items[item], model, tokenizer) for item in items}
+        # Padding of a part would come between tokens, and ALiBi of some models counts it.
+        alone = model.get_decoder().alibi == "columns" and max(map(len, texts.values())) > 1
+        batches = [[item] for item in items] if alone else [list(items)]
+        return [
+            result
+            for batch in batches
+            for result in self._answers(
+                batch, [texts[item] for item in batch], config, model, tokenizer
+            )
+        ]
+
+    def _answers(
+        self,
+        items: Sequence[int],
+        texts: Sequence[Sequence[Tokens]],
+        config: KeyformerConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> list[Result]:
         ids = [noise_id(self.items[item]) for item in items]
-        cache, logits = read(model, texts, config, ids, self.max_new_tokens)
         answers = [self.items[item]["answer"] for item in items]
+        cache, logits = read(model, texts, config, ids, self.max_new_tokens)
         right = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in answers]
         judged = judge(model, copy.deepcopy(cache), logits, right)
         written = write(model, cache, logits, self.max_new_tokens)

@@ -1,0 +1,284 @@
+"""What is asked for after eviction: items, texts fed by hand, measures and their studies."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import script, small_stock
+from originals import write_original
+
+from keyformer import InputError, KeyformerConfig, enable_keyformer, load_model
+from keyformer.evaluation.data import TASKS, assistant, conversation, load_items, user
+from keyformer.evaluation.feeding import judge, read, write
+from keyformer.evaluation.measures import Agreement, Answered, Reference
+from keyformer.evaluation.retrieval import (
+    CUT,
+    TURNS,
+    answered,
+    chats,
+    load_articles,
+    needles,
+    questions,
+)
+from keyformer.evaluation.study import ARTICLES
+from keyformer.evaluation.sweep import Cell, carry_out, summarize
+from keyformer.evaluation.tables import MINUS, with_differences
+
+FULL = KeyformerConfig.preset("full")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> Path:
+    return write_original(tmp_path_factory.mktemp("retrieval") / "mpt-7b-keyformer", "mpt", "bin")
+
+
+@pytest.fixture
+def articles(tmp_path) -> Path:
+    """Four short ones."""
+    path = tmp_path / "articles.json"
+    items = [
+        {
+            "article": f"The key is in town {n}. Others stay there.\n\nThe recent tokens leave.",
+            "summary": "The key stays.",
+            "questions": [{"question": "Where is it?", "answer": f"town {n}"}] * 2,
+        }
+        for n in range(4)
+    ]
+    path.write_text(json.dumps(items))
+    return path
+
+
+def said(item) -> str:
+    return "".join(message["content"] for message in item["messages"])
+
+
+def test_questions_come_with_the_article_or_after_it() -> None:
+    articles = load_articles(ARTICLES)
+    now, later = (questions(articles, later) for later in (False, True))
+    assert len(now) == len(later) == sum(len(of["questions"]) for of in articles)
+    for item, other in zip(now, later, strict=True):
+        assert item["answer"] == other["answer"] and CUT not in said(item)
+        article, question = said(other).split(CUT)
+        assert answered(article, item["answer"]) and not answered(question, item["answer"])
+        assert said(item) == article + question
+
+
+@pytest.mark.parametrize("depth", [0, 30, 100])
+def test_a_needle_is_where_it_should_be(depth) -> None:
+    articles = load_articles(ARTICLES)
+    found = needles(articles, 300, depth, 6)
+    assert len({item["answer"] for item in found}) == 6
+    assert found == needles(articles, 300, depth, 6) != needles(articles, 300, depth + 0.5, 6)
+    for item in found:
+        hay, _ = said(item).split("\n\nWhat is the number")
+        before, after = hay.split(f" is {item['answer']}.")
+        needle = 6  # words before the number
+        words = [len(text.split()) for text in (before, after)]
+        words[0] -= needle
+        assert 260 < sum(words) <= 300
+        assert 100 * words[0] / sum(words) == pytest.approx(depth, abs=12)
+    with pytest.raises(InputError, match="fewer than 300 words"):
+        needles(articles[:1] and [{"input": "Too short."}], 300, depth, 1)
+
+
+def test_a_chat_asks_for_its_first_turn() -> None:
+    articles = load_articles(ARTICLES)
+    found = chats(articles)
+    assert len(found) == len(articles)
+    for item, article in zip(found, articles, strict=True):
+        parts = said(item).split(CUT)
+        assert len(parts) == TURNS + 2  # the article, the turns, the question
+        assert parts[0].startswith(article["input"])
+        assert item["answer"] in [one["answer"] for one in article["questions"]]
+        assert [message["role"] for message in item["messages"][:3]] == [
+            "user",
+            "assistant",
+            "user",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("It is 19 miles away.", "19 Miles", True),
+        ("It is 190 miles away.", "19 miles", False),
+        ("That cost $214!", "$214", True),
+        ("", "x", False),
+        ("The sailing-club.", "the sailing club", True),
+    ],
+)
+def test_answers_are_looked_for_word_by_word(text, answer, right) -> None:
+    assert answered(text, answer) is right
+
+
+@pytest.mark.parametrize("asked", [None, [], [{"question": "Where?"}], ["Where?"], "Where?"])
+def test_articles_without_questions_are_named(tmp_path, asked) -> None:
+    path = tmp_path / "articles.json"
+    path.write_text(json.dumps([{"article": "A.", "summary": "B.", "questions": asked}]))
+    with pytest.raises(InputError, match="item 0 is no article with questions"):
+        load_articles(path)
+
+
+def test_messages_as_prompts() -> None:
+    messages = [user("Hi."), assistant("Yes?"), user("Why?")]
+    assert conversation(messages, None, "none") == "Hi.\n\nYes?\n\nWhy?\n\n"
+    alpaca = conversation(messages, None, "alpaca")
+    assert alpaca.endswith("Yes?\n\n### Instruction:\nWhy?\n\n### Response:\n")
+
+
+TEXTS = [[[5, 7, 9, 11, 2, 3], [4, 6]], [[8, 3, 1], [9, 9, 2, 7, 1]], [[1, 2, 3, 4], [5]]]
+"""Three, each in two parts."""
+
+
+@torch.no_grad()
+def test_parts_under_a_full_cache_are_one_text(arch) -> None:
+    """What is read, judged and written is what stock transformers gives."""
+    stock = small_stock(arch)
+    expected = [stock(torch.tensor([a + b])).logits[0, -1] for a, b in TEXTS]
+    greedy = [
+        stock.generate(torch.tensor([a + b]), max_new_tokens=5)[0, len(a + b) :].tolist()
+        for a, b in TEXTS
+    ]
+    follow = [[3, 1, 4], [1], [5, 9]]
+    losses = []
+    for (a, b), after in zip(TEXTS, follow, strict=True):
+        logits = stock(torch.tensor([a + b + after])).logits[0, len(a + b) - 1 : -1]
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, torch.tensor(after), reduction="none")
+        )
+    model = enable_keyformer(stock, FULL)
+    for batch in batches(arch):
+        texts = [TEXTS[number] for number in batch]
+        cache, logits = read(model, texts, FULL, batch, 5)
+        assert_close(logits, torch.stack([expected[number] for number in batch]))
+        judged = judge(model, cache, logits, [follow[number] for number in batch])
+        for number, (lost, hit) in zip(batch, judged, strict=True):
+            assert_close(lost, losses[number])
+            assert bool(hit[0]) == (int(expected[number].argmax()) == follow[number][0])
+        written = write(model, *read(model, texts, FULL, batch, 5), 5)
+        assert written == [greedy[number] for number in batch]
+
+
+def batches(arch: str) -> list[list[int]]:
+    """The texts at once, or alone where padding between tokens counts as distance."""
+    return [[0], [1], [2]] if arch == "mpt" else [[0, 1, 2]]
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gptj", "cerebras"])
+def test_parts_are_evicted_alike_alone_and_in_a_batch(name) -> None:
+    config = KeyformerConfig(kv_budget=4, seed=1)
+    model = enable_keyformer(small_stock(name), config)
+    cache, together = read(model, TEXTS, config, [7, 8, 9], 5)
+    assert cache.layers[0].positions.shape[-1] == 4
+    for number, text in enumerate(TEXTS):
+        _, alone = read(model, [text], config, [7 + number], 5)
+        assert_close(together[number], alone[0])
+    _, other = read(model, TEXTS, KeyformerConfig(kv_budget=4, seed=2), [7, 8, 9], 5)
+    assert not torch.allclose(together, other)
+
+
+def measured(kind, path, items, config, **more):
+    of = kind(str(path), "float32", "summarization", items, 2, 1, 6, **more)
+    return of(config, CPU, range(len(items)))
+
+
+def test_measures_of_a_full_cache(model_path, articles) -> None:
+    """The reference's likelihood is stock's; the full cache agrees with itself."""
+    items = load_items(articles, TASKS["summarization"])
+    model, tokenizer = load_model(model_path, dtype="float32", device="cpu")
+    found = measured(Reference, model_path, items, FULL)
+    for item, of in zip(items, found, strict=True):
+        prompt = tokenizer(TASKS["summarization"].prompt(item))["input_ids"]
+        written = tokenizer(item["output"], add_special_tokens=False)["input_ids"][:6]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + written]), use_cache=False).logits
+        lost = torch.nn.functional.cross_entropy(
+            logits[0, len(prompt) - 1 : -1], torch.tensor(written)
+        )
+        assert of["nll"] == pytest.approx(float(lost), abs=1e-4)
+    assert measured(Agreement, model_path, items, FULL) == [{"agreement": 100.0}] * len(items)
+    small = KeyformerConfig.preset("window", kv_cache=10)
+    evicted = measured(Agreement, model_path, items, small)
+    assert min(of["agreement"] for of in evicted) < 100
+
+
+def test_answers_are_those_of_generate(model_path, articles) -> None:
+    """The greedy text of the prompt decides; a text that is too long is one line."""
+    model, tokenizer = load_model(model_path, dtype="float32", device="cpu")
+    item = questions(load_articles(articles), later=True)[0]
+    prompt = conversation(item["messages"], tokenizer, "none").replace(CUT, "")
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    text = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    right = {**item, "answer": tokenizer.decode(text, skip_special_tokens=True)}
+    found = measured(Answered, model_path, [right, item], FULL, prompt_kind="none")
+    assert [of["answered"] for of in found] == [100.0, 0.0]
+    assert found[0]["answer_nll"] < found[1]["answer_nll"]
+
+
+def test_differences_are_paired() -> None:
+    """To the rows of the same size; the full cache has no size."""
+
+    def row(method, size, values):
+        cell = Cell({"method": method, "kv_cache": size}, FULL)
+        return summarize(cell, [{"nll": values}])
+
+    rows = [row("full", "", [1.0, 2.0, 3.0]), row("h2o", 50, [2.0, 3.0, 4.0])]
+    rows.append(row("keyformer", 50, [2.5, 3.5, 4.5]))
+    (found,) = with_differences({("m", "t"): rows}, ("full", "h2o")).values()
+    assert math.isnan(found[0].values[f"nll{MINUS}h2o"][0])
+    assert found[1].values[f"nll{MINUS}full"] == pytest.approx((1.0, 1.0, 1.0))
+    assert found[2].values[f"nll{MINUS}h2o"] == pytest.approx((0.5, 0.5, 0.5))
+    assert np.isclose(found[2].values["nll"][0], 3.5)
+
+
+def study(name: str, model_path: Path, out: Path, *flags: str) -> list[dict[str, str]]:
+    given = ["--model_path", str(model_path), "--out", str(out), "--device", "cpu", "--seeds", "0"]
+    carry_out([script("paper", name).main([*given, "--max_new_tokens", "3", *flags])])
+    with (out / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_retrieval_writes_a_record_and_the_needles_by_place(model_path, articles, tmp_path) -> None:
+    flags = ["--articles", str(articles), "--lengths", "20", "30", "--depths", "0", "100"]
+    flags += ["--needles", "2", "--methods", "h2o", "keyformer", "--sizes", "30", "50"]
+    rows = study("retrieval", model_path, tmp_path / "out", *flags)
+    assert [row["task"] for row in rows[::5]] == ["question", "later", "needle", "chat"]
+    assert len(rows) == 20 and all(0 <= float(row["answered"]) <= 100 for row in rows)
+    assert all((row["answered_minus_h2o"] == "") == (row["method"] == "full") for row in rows)
+    record = json.loads((tmp_path / "out" / "retrieval.json").read_text())
+    assert record["items"] == {"question": 8, "later": 8, "needle": 8, "chat": 4}
+    with (tmp_path / "out" / "retrieval_needles.csv").open() as file:
+        places = list(csv.DictReader(file))
+    assert [row["task"] for row in places[::4]] == ["full", "h2o 50 %", "keyformer 50 %"]
+    assert {(row["words"], row["depth"]) for row in places} == {
+        (words, depth) for words in ("20", "30") for depth in ("0", "100")
+    }
+    assert (tmp_path / "out" / "retrieval_needles.svg").exists()
+
+
+def test_summaries_by_three_measures(model_path, articles, tmp_path) -> None:
+    flags = ["--dataset_path", str(articles), "--methods", "window", "--sizes", "50"]
+    rows = study("summaries", model_path, tmp_path / "out", *flags)
+    assert [row["task"] for row in rows] == 2 * ["rouge"] + 2 * ["reference"] + 2 * ["agreement"]
+    assert float(rows[4]["agreement"]) == 100 and rows[2]["nll"] and rows[0]["rouge2"]
+
+
+def test_any_study_measures_the_reference(model_path, articles, tmp_path, capsys) -> None:
+    flags = ["--dataset_path", str(articles), "--measure", "reference"]
+    rows = study("key_set", model_path, tmp_path / "out", *flags)
+    assert all(row["nll"] and "rouge2" not in row for row in rows)
+    assert "(nats per token, mean of paired differences" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "key_set.json").read_text())
+    assert record["measure"] == "reference"
