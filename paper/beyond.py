@@ -17,7 +17,7 @@ from pathlib import Path
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.evaluation.data import TASKS, Item, load_items
 from keyformer.evaluation.flags import Parser
-from keyformer.evaluation.measures import Likelihood, OnItems, Rouge
+from keyformer.evaluation.measures import Likelihood, OnItems
 from keyformer.evaluation.pictures import method_curves
 from keyformer.evaluation.study import KINDS, Panel, Results, Study, run_study
 from keyformer.evaluation.sweep import Cell, Labels, Row, Steps, plain
@@ -119,8 +119,8 @@ def search_items(study: Study) -> dict[str, list[Item]]:
 
 
 def measures(study: Study, items: dict[str, list[Item]]) -> dict[Panel, OnItems]:
-    """ROUGE of every task and, of the first one's documents, the likelihood of continued text."""
-    found = study.measures(Rouge, items)
+    """What --measure says, and of the first task's documents the likelihood of continued text."""
+    found = study.measures(items=items)
     task = study.flags.task[0]
     continued = study.measures(Likelihood, {task: items[task]})
     found |= {(model, "continuation"): of for (model, _), of in continued.items()}

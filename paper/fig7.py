@@ -14,7 +14,7 @@ SIZES = (20, 30, 40, 50, 60, 70, 80, 90)
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
     study = Study("fig7", __doc__, argv)
-    yield from sweep_sizes(study, SIZES, "ROUGE-2 by cache size", compared_at=(20, 50, 70))
+    yield from sweep_sizes(study, SIZES, "Methods by cache size", compared_at=(20, 50, 70))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ SCRIPTS = ("summarize", "dialogue", "compare", "table4", "run_lm_eval_harness")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_killed_at_random_moments(name, model_path, datasets, tmp_path) -> None:
+def test_b15_killed_at_random_moments(name, model_path, datasets, tmp_path) -> None:
     """The last life's results are those of a run that nobody killed, and no item is lost.
 
     A life that ends before it is killed leaves nothing to kill: the next begins without a store.
@@ -255,7 +255,7 @@ def another(store: Store, owner: str) -> Store:
     return other
 
 
-def test_an_item_is_claimed_by_one(store) -> None:
+def test_b14_an_item_is_claimed_by_one(store) -> None:
     sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     other = another(store, _owner(psutil.Process(sleeper.pid)))
     assert other.claim(["a", "b"]) == {"a", "b"}

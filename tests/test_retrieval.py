@@ -208,6 +208,8 @@ def test_measures_of_a_full_cache(model_path, articles) -> None:
             logits[0, len(prompt) - 1 : -1], torch.tensor(written)
         )
         assert of["nll"] == pytest.approx(float(lost), abs=1e-4)
+    with pytest.raises(InputError, match="item 1 of summarization has an empty reference"):
+        measured(Reference, model_path, [items[0], {**items[1], "output": ""}], FULL)
     assert measured(Agreement, model_path, items, FULL) == [{"agreement": 100.0}] * len(items)
     small = KeyformerConfig.preset("window", kv_cache=10)
     evicted = measured(Agreement, model_path, items, small)

@@ -171,6 +171,8 @@ class Likelihood(OnItems):
     to the budget; the second is fed token by token, each evicting another.
     """
 
+    depends_on = (*OnItems.depends_on, "max_new_tokens")
+
     @property
     def calls(self) -> float:
         """One a token of half a document; a token has about four characters."""
@@ -213,7 +215,6 @@ class Reference(OnItems):
     ) -> list[Result]:
         """Predict."""
         model, tokenizer = self.load(device)
-        cache, logits = self.read(model, tokenizer, config, items)
         references = [
             tokenizer(
                 TASKS[self.task].reference(self.items[item]),
@@ -223,6 +224,10 @@ class Reference(OnItems):
             )["input_ids"]
             for item in items
         ]
+        for item, reference in zip(items, references, strict=True):
+            if not reference:
+                raise InputError(f"item {item} of {self.task} has an empty reference")
+        cache, logits = self.read(model, tokenizer, config, items)
         judged = judge(model, cache, logits, references)
         return [{"nll": round(float(lost.mean()), 5)} for lost, _ in judged]
 
