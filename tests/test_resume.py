@@ -299,6 +299,29 @@ def test_claims_of_many_processes(tmp_path) -> None:
     assert sum(count for _, count in Store(path).sources(found)) == 300
 
 
+def open_all(paths: list[Path], together, errors) -> None:
+    for path in paths:
+        together.wait()
+        try:
+            Store(path).close()
+        except InputError as error:
+            errors.put(str(error))
+    errors.put(None)
+
+
+def test_b14_many_processes_make_one_store(tmp_path) -> None:
+    """Three that open it at the same time, sixty times: all of them can."""
+    fork = multiprocessing.get_context("fork")
+    together, errors = fork.Barrier(3), fork.SimpleQueue()
+    paths = [tmp_path / f"{number}.sqlite" for number in range(60)]
+    workers = [fork.Process(target=open_all, args=(paths, together, errors)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    assert [errors.get() for _ in workers] == [None, None, None]
+    for worker in workers:
+        worker.join()
+
+
 @pytest.mark.parametrize("content", [b"my notes\n", b"SQLite format 3\x00" + bytes(200)])
 def test_what_is_no_store_is_left_alone(tmp_path, content) -> None:
     path = tmp_path / "s.sqlite"

@@ -84,6 +84,8 @@ def compare(
             for (method, _, config), of in zip(settings, found, strict=True):
                 name = method if method == "full" else f"{method} {config.kv_cache:g} %"
                 print(f"  {name}: {_line(of[item].texts[0])}")
+        if stopped is not None:
+            print(f"\nstopped: {len(common)} of {len(items)} items are done under every method")
         print_table(results)
     if is_main() and flags.record and stopped is None:
         described = {"model": flags.model_name, "task": task_name, "items": len(items)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -27,11 +28,13 @@ Source = dict[str, Any]
 """How a result came about: commit, versions, device."""
 
 SCHEMA = """
+BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS sources (id INTEGER PRIMARY KEY, source TEXT UNIQUE NOT NULL);
 CREATE TABLE IF NOT EXISTS items (
     key TEXT PRIMARY KEY, result TEXT NOT NULL, source INTEGER NOT NULL REFERENCES sources
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
+COMMIT;
 """
 
 PATIENCE = 60
@@ -66,9 +69,25 @@ class Store:
             tables = {name for (name,) in self.connection.execute("SELECT name FROM sqlite_master")}
             if tables and "items" not in tables:
                 raise sqlite3.DatabaseError("another program's database")
-            self.connection.execute("PRAGMA journal_mode = WAL")
-            self.connection.execute("PRAGMA synchronous = NORMAL")
-            self.connection.executescript(SCHEMA)
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """Make the file what this class expects; others may be doing so at the same time.
+
+        SQLite waits by itself for everything but a change of the journal's mode.
+        """
+        patience = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self.connection.execute("PRAGMA journal_mode = WAL")
+                break
+            except sqlite3.OperationalError as error:
+                busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+                if not busy or time.monotonic() > patience:
+                    raise
+                time.sleep(0.02)
+        self.connection.execute("PRAGMA synchronous = NORMAL")
+        self.connection.executescript(SCHEMA)
 
     def results(self, keys: Iterable[str]) -> dict[str, Result]:
         """The results there are, by key."""
