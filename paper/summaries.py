@@ -1,4 +1,4 @@
-"""Methods over the size of the cache, by three measures that tell them apart on any model.
+"""Methods over the size of the cache, by three measures of summaries.
 
 ROUGE of greedy summaries (``rouge``), the negative log-likelihood of a token of the reference
 after the prompt was evicted (``reference``), and how many tokens of the full cache's own summary

@@ -85,7 +85,7 @@ def test_a_needle_is_where_it_should_be(depth) -> None:
         assert 260 < sum(words) <= 300
         assert 100 * words[0] / sum(words) == pytest.approx(depth, abs=12)
     with pytest.raises(InputError, match="fewer than 300 words"):
-        needles(articles[:1] and [{"input": "Too short."}], 300, depth, 1)
+        needles([{"input": "Too short."}], 300, depth, 1)
 
 
 def test_a_chat_asks_for_its_first_turn() -> None:

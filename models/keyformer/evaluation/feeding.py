@@ -105,18 +105,17 @@ def write(model: PreTrainedModel, cache: KeyformerCache, logits: Tensor, most: i
     logits
         (batch, vocabulary) of the first token.
     """
-    texts: list[Tokens] = [[] for _ in logits]
+    tokens, wanted = [], []
     going = torch.ones(len(logits), dtype=torch.bool, device=model.device)
     while True:
         token = logits.argmax(dim=-1)
-        for text, (chosen, wanted) in zip(
-            texts, torch.stack([token, going], dim=1).tolist(), strict=True
-        ):
-            text += [chosen] * wanted
+        tokens.append(token)
+        wanted.append(going)
         going = going & ~ends_text(token, model, {})
-        most -= 1
-        if not most or not going.any():
-            return texts
+        if len(tokens) == most or not going.any():
+            break
         logits = model(token[:, None], attention_mask=going[:, None], past_key_values=cache).logits[
             :, -1
         ]
+    written, kept = torch.stack(tokens, dim=1).cpu(), torch.stack(wanted, dim=1).cpu()
+    return [row[keep].tolist() for row, keep in zip(written, kept, strict=True)]

@@ -73,8 +73,6 @@ class OnItems(ABC):
     prompt_kind: str | None = None
 
     depends_on: ClassVar[tuple[str, ...]] = ("dtype", "task", "bs")
-    calls: ClassVar[Any]
-    """How often an item calls the model, about."""
 
     @property
     def setting(self) -> Settings:
@@ -85,6 +83,11 @@ class OnItems(ABC):
     def contents(self) -> list[Item]:
         """The items."""
         return self.items
+
+    @property
+    def calls(self) -> float:
+        """How often an item calls the model, about: once a token."""
+        return self.max_new_tokens
 
     @property
     def costs(self) -> list[float]:
@@ -135,11 +138,6 @@ class Rouge(OnItems):
     def setting(self) -> Settings:
         """What the results depend on, the packages that score among it."""
         return {**super().setting, **{name: version(name) for name in ("rouge-score", "nltk")}}
-
-    @property
-    def calls(self) -> int:
-        """One a token."""
-        return self.max_new_tokens
 
     def __call__(
         self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
@@ -205,11 +203,6 @@ class Reference(OnItems):
 
     depends_on = (*OnItems.depends_on, "prompt_kind", "max_new_tokens")
 
-    @property
-    def calls(self) -> int:
-        """One a token."""
-        return self.max_new_tokens
-
     def __call__(
         self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
     ) -> list[Result]:
@@ -242,7 +235,7 @@ class Agreement(OnItems):
     depends_on = (*OnItems.depends_on, "prompt_kind", "max_new_tokens")
 
     @property
-    def calls(self) -> int:
+    def calls(self) -> float:
         """One a token, twice."""
         return 2 * self.max_new_tokens
 
@@ -284,11 +277,6 @@ class Answered(OnItems):
     """
 
     depends_on = ("dtype", "bs", "prompt_kind", "max_new_tokens")
-
-    @property
-    def calls(self) -> int:
-        """One a token and one a part."""
-        return self.max_new_tokens
 
     @property
     def _characters(self) -> list[int]:

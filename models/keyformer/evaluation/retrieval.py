@@ -71,9 +71,7 @@ def questions(articles: Sequence[Item], later: bool) -> list[Item]:
     ]
 
 
-def needles(
-    articles: Sequence[Item], words: int, depth: float, count: int, later: bool = False
-) -> list[Item]:
+def needles(articles: Sequence[Item], words: int, depth: float, count: int) -> list[Item]:
     """A number in one sentence among articles, and a question for it at the end.
 
     Parameters
@@ -102,8 +100,7 @@ def needles(
         code = str(drawn.randrange(10_000, 100_000))
         at = round(depth / 100 * len(hay))
         hay.insert(at, f"The number of the {what} is {code}.")
-        between = CUT if later else ""
-        asked = f"{between}\n\nWhat is the number of the {what}? Answer with the number."
+        asked = f"\n\nWhat is the number of the {what}? Answer with the number."
         found.append({"messages": [user(" ".join(hay) + asked)], "answer": code})
     return found
 
