@@ -29,7 +29,7 @@ def more_flags(parser: Parser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
-    study = Study("fig4", __doc__, argv, more_flags=more_flags)
+    study = Study("fig4", __doc__, argv, measures=(), more_flags=more_flags)
     layer, head = study.flags.layer, study.flags.head
     measures = study.measures(Softmax, layer=layer, head=head)
     runs = {

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         "chat": chats(articles),
     }
     measures = study.measures(Answered)
-    results = yield from study.measure(cells(flags.methods, flags.sizes), measures)
+    results = yield from study.measure(cells(flags), measures)
     results = with_differences(results, RIVALS)
     print_tables(results)
     title = "Answers to questions after eviction"

@@ -19,13 +19,15 @@ from keyformer.evaluation.tables import print_tables, with_differences
 
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
-    study = Study("summaries", __doc__, argv, more_flags=compared_flags)
+    study = Study(
+        "summaries", __doc__, argv, measures=list(SUMMARIES), more_flags=compared_flags
+    )
     measures = {
         (model, name if len(study.items) == 1 else f"{task}, {name}"): measure
-        for name, kind in SUMMARIES.items()
-        for (model, task), measure in study.measures(kind).items()
+        for name in study.flags.measure
+        for (model, task), measure in study.measures(SUMMARIES[name]).items()
     }
-    results = yield from study.measure(cells(study.flags.methods, study.flags.sizes), measures)
+    results = yield from study.measure(cells(study.flags), measures)
     results = with_differences(results, RIVALS)
     print_tables(results)
     title = "Methods by the size of the cache"

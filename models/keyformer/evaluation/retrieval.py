@@ -48,8 +48,8 @@ def load_articles(path: Path) -> list[Item]:
     return articles
 
 
-def _briefly(question: str) -> str:
-    return f"{question} Answer in a few words."
+def _asked(question: str, article: str = "the article") -> str:
+    return f"Answer the question with words from {article}.\nQuestion: {question}"
 
 
 def questions(articles: Sequence[Item], later: bool) -> list[Item]:
@@ -63,7 +63,7 @@ def questions(articles: Sequence[Item], later: bool) -> list[Item]:
     between = CUT if later else ""
     return [
         {
-            "messages": [user(f"{of['input']}{between}\n\n{_briefly(one['question'])}")],
+            "messages": [user(f"{of['input']}{between}\n\n{_asked(one['question'])}")],
             "answer": one["answer"],
         }
         for of in articles
@@ -121,7 +121,7 @@ def chats(articles: Sequence[Item]) -> list[Item]:
                 assistant(other["output"] + CUT),
             ]
         one = article["questions"][number % len(article["questions"])]
-        asked = f"Back to the first article. {_briefly(one['question'])}"
+        asked = _asked(one["question"], "the first article")
         found.append({"messages": [*said, user(asked)], "answer": one["answer"]})
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 
 from keyformer.config import METHODS, KeyformerConfig
@@ -21,8 +22,12 @@ RIVALS = ("full", "h2o")
 """What every row's difference to is told."""
 
 
-def cells(methods: Iterable[str], sizes: Sequence[float]) -> list[Cell]:
-    """Full attention, then each method at each size."""
+def cells(flags: argparse.Namespace) -> list[Cell]:
+    """Full attention, then each method at each size that :func:`compared_flags` has."""
+    return _cells(flags.methods, flags.sizes[-1:] if flags.quick else flags.sizes)
+
+
+def _cells(methods: Iterable[str], sizes: Sequence[float]) -> list[Cell]:
     full = Cell({"method": "full", "kv_cache": ""}, KeyformerConfig.preset("full"))
     return [
         full,
@@ -60,7 +65,7 @@ def sweep_sizes(
     compared_at
         Sizes at which Keyformer's differences from the others are printed.
     """
-    results = yield from study.measure(cells(PAPER, sizes))
+    results = yield from study.measure(_cells(PAPER, sizes))
     print_tables(results)
     for size in compared_at:
         for other in ("h2o", "window"):

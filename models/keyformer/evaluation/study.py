@@ -75,6 +75,8 @@ class Study:
         Gives a task's documents where there is no --dataset_path; None has the bundled ones.
     generates
         Whether texts are generated for documents; without, there are no flags for either.
+    measures
+        What --measure is by default: one, or several at once; without any there is no such flag.
 
     Raises
     ------
@@ -90,6 +92,7 @@ class Study:
         *,
         items: Callable[[str], list[Item]] | None = None,
         generates: bool = True,
+        measures: Sequence[str] = ("rouge",),
         more_flags: Callable[[flag.Parser], object] = lambda parser: None,
     ) -> None:
         self.name = name
@@ -113,7 +116,7 @@ class Study:
             help="one model, one seed, the beginnings of two documents: only to see it work",
         )
         if generates:
-            _generation_flags(parser)
+            _generation_flags(parser, measures)
         more_flags(parser)
         flags = parser.parse_args(self.argv)
         bundled = [str(ROOT / "models" / model) for model in MODELS]
@@ -306,19 +309,22 @@ class Study:
         return self.flags.out / f"{self.name}{part}.{kind}"
 
 
-def _generation_flags(parser: flag.Parser) -> None:
-    """Flags of documents and of what is generated for them."""
+def _generation_flags(parser: flag.Parser, measures: Sequence[str]) -> None:
+    """Flags of documents and of what is generated for them, measured so by default."""
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["summarization"])
     parser.add_argument(
         "--dataset_path", nargs="+", type=Path, help="one a task (default: the bundled ones)"
     )
-    parser.add_argument(
-        "--measure",
-        choices=SUMMARIES,
-        default="rouge",
-        help="of summaries: rouge; reference, the negative log-likelihood of a token of the"
-        " reference; agreement with the full cache's (default: %(default)s)",
-    )
+    if measures:
+        several = len(measures) > 1
+        parser.add_argument(
+            "--measure",
+            choices=SUMMARIES,
+            nargs="+" if several else None,
+            default=list(measures) if several else measures[0],
+            help="of summaries: rouge; reference, the negative log-likelihood of a token of the"
+            " reference; agreement with the full cache's (default: %(default)s)",
+        )
     flag.prompt_flag(parser)
     parser.add_argument("--beam", type=flag.WIDTH, default=1, help="beams; the paper's runs use 4")
     parser.add_argument("--max_new_tokens", type=flag.whole(1), help="default: the task's")
