@@ -19,9 +19,7 @@ from keyformer.evaluation.tables import print_tables, with_differences
 
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
-    study = Study(
-        "summaries", __doc__, argv, measures=list(SUMMARIES), more_flags=compared_flags
-    )
+    study = Study("summaries", __doc__, argv, measures=list(SUMMARIES), more_flags=compared_flags)
     measures = {
         (model, name if len(study.items) == 1 else f"{task}, {name}"): measure
         for name in study.flags.measure

@@ -16,8 +16,8 @@ from keyformer.evaluation.data import (
     load_items,
     make_prompt,
     prompt_kind,
-    prompt_room,
     sample,
+    trained_room,
 )
 from keyformer.evaluation.processes import is_main
 from keyformer.evaluation.results import check_record, record, write_json
@@ -56,7 +56,7 @@ def compare(
     items = sample(load_items(flags.dataset_path, task), flags.n_obs, seed=0)
     store = Store(flags.store)
     model, tokenizer = load(flags)
-    room = prompt_room(model, flags.max_new_tokens)
+    room = trained_room(model, flags.max_new_tokens)
     kind = prompt_kind(flags.prompt, tokenizer)
     prompts = [make_prompt(item, task, tokenizer, room, kind) for item in items]
     options = {"num_beams": flags.beam, "max_new_tokens": flags.max_new_tokens}

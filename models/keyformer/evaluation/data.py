@@ -339,6 +339,18 @@ def prompt_room(
     return room
 
 
+def trained_room(model: PreTrainedModel, max_new_tokens: int) -> int | None:
+    """As :func:`prompt_room`, within the positions a model was trained with where it says so.
+
+    Rotations go on beyond those, and models write nonsense there.
+    """
+    trained = getattr(model.config, "max_position_embeddings", None)
+    room = prompt_room(model, max_new_tokens)
+    if room is None and trained is not None:
+        return max(1, trained - max_new_tokens + 1)
+    return room
+
+
 def prompt_kind(asked: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
     """One of PROMPTS: the one asked for; else chat if the tokenizer has a template, or alpaca.
 

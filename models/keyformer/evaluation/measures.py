@@ -26,7 +26,7 @@ from keyformer.evaluation.data import (
     encode,
     make_prompt,
     prompt_kind,
-    prompt_room,
+    trained_room,
 )
 from keyformer.evaluation.feeding import Tokens, judge, read, write
 from keyformer.evaluation.generation import generate
@@ -109,8 +109,8 @@ class OnItems(ABC):
         return _load(self.path, self.dtype, device)
 
     def prompt(self, item: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-        """An item's prompt, cut where the model's table of positions ends."""
-        room = prompt_room(model, self.max_new_tokens)
+        """An item's prompt, cut where the positions end that the model was trained with."""
+        room = trained_room(model, self.max_new_tokens)
         task = TASKS[self.task]
         return make_prompt(self.items[item], task, tokenizer, room, self.prompt_kind)
 
@@ -331,7 +331,7 @@ class Answered(OnItems):
         parts += [
             tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in more
         ]
-        room, length = prompt_room(model, self.max_new_tokens), sum(map(len, parts))
+        room, length = trained_room(model, self.max_new_tokens), sum(map(len, parts))
         if room is not None and length > room:
             raise InputError(
                 f"a text of {length} tokens is longer than the {room} that the positions of"

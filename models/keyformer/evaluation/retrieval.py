@@ -1,4 +1,4 @@
-"""What is asked for: questions about an article, needles in a haystack, a chat's first turn.
+"""What is asked for: questions about an article, needles in a haystack and in a chat's first turn.
 
 An item is ``{"messages": [{"role": ..., "content": ...}, ...], "answer": ...}``: a conversation
 that ends with a question, and what its answer must contain. A ``CUT`` in a message ends a forward,
@@ -19,7 +19,7 @@ CUT = "\x1e"
 """ASCII's record separator."""
 
 TURNS = 10
-"""Between the article and the question about it."""
+"""Between a chat's first turn and the question about it."""
 
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "grey", "brown", "silver", "purple")
 OBJECTS = ("suitcase", "bicycle", "locker", "umbrella", "notebook", "lantern", "kayak", "toolbox")
@@ -48,8 +48,8 @@ def load_articles(path: Path) -> list[Item]:
     return articles
 
 
-def _asked(question: str, article: str = "the article") -> str:
-    return f"Answer the question with words from {article}.\nQuestion: {question}"
+def _asked(question: str) -> str:
+    return f"Answer the question with words from the article.\nQuestion: {question}"
 
 
 def questions(articles: Sequence[Item], later: bool) -> list[Item]:
@@ -89,40 +89,52 @@ def needles(articles: Sequence[Item], words: int, depth: float, count: int) -> l
         hay: list[str] = []
         start = drawn.randrange(len(articles))
         for more in range(len(articles)):
-            hay += re.split(r"(?<=[.!?])\s+", articles[(start + more) % len(articles)]["input"])
+            hay += _sentences(articles[(start + more) % len(articles)]["input"])
             if sum(len(sentence.split()) for sentence in hay) >= words:
                 break
         else:
             raise InputError(f"there are fewer than {words} words in the articles")
         while sum(len(sentence.split()) for sentence in hay) > words:
             hay.pop()
-        what = f"{drawn.choice(COLOURS)} {drawn.choice(OBJECTS)}"
-        code = str(drawn.randrange(10_000, 100_000))
-        at = round(depth / 100 * len(hay))
-        hay.insert(at, f"The number of the {what} is {code}.")
-        asked = f"\n\nWhat is the number of the {what}? Answer with the number."
-        found.append({"messages": [user(" ".join(hay) + asked)], "answer": code})
+        needle, question, code = _needle(drawn)
+        hay.insert(round(depth / 100 * len(hay)), needle)
+        found.append({"messages": [user(f"{' '.join(hay)}\n\n{question}")], "answer": code})
     return found
 
 
+def _sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+", text)
+
+
+def _needle(drawn: random.Random) -> tuple[str, str, str]:
+    """A sentence with a number, the question for it, and the number."""
+    what = f"{drawn.choice(COLOURS)} {drawn.choice(OBJECTS)}"
+    code = str(drawn.randrange(10_000, 100_000))
+    question = f"What is the number of the {what}? Answer with the number."
+    return f"The number of the {what} is {code}.", question, code
+
+
 def chats(articles: Sequence[Item]) -> list[Item]:
-    """An article, ``TURNS`` turns about others, each evicted, then a question about the first."""
+    """Turns of one question each, the first about an article with a needle, then one for that.
+
+    The other ``TURNS`` are about paragraphs of others. The cache is evicted after each turn.
+    """
     found = []
     for number, article in enumerate(articles):
-        said = [
-            user(f"{article['input']}\n\nSummarize this article in one sentence."),
-            assistant(article["output"] + CUT),
-        ]
+        drawn = random.Random(number)
+        needle, question, code = _needle(drawn)
+        hay = _sentences(article["input"])
+        hay.insert(drawn.randrange(len(hay) + 1), needle)
+        one = drawn.choice(article["questions"])
+        said = [user(f"{' '.join(hay)}\n\n{one['question']}"), assistant(one["answer"] + CUT)]
         for turn in range(1, TURNS + 1):
             other = articles[(number + turn) % len(articles)]
-            opening = other["input"].split("\n\n")[0]
-            said += [
-                user(f"{opening}\n\nWhat is this about?"),
-                assistant(other["output"] + CUT),
-            ]
-        one = article["questions"][number % len(article["questions"])]
-        asked = _asked(one["question"], "the first article")
-        found.append({"messages": [*said, user(asked)], "answer": one["answer"]})
+            one = drawn.choice(other["questions"])
+            parts = other["input"].split("\n\n")
+            text = next((of for of in parts if answered(of, one["answer"])), parts[0])
+            said += [user(f"{text}\n\n{one['question']}"), assistant(one["answer"] + CUT)]
+        asked = f"Back to the first article. {question}"
+        found.append({"messages": [*said, user(asked)], "answer": code})
     return found
 
 
