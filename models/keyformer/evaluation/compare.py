@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from keyformer.config import CACHE_DTYPES, METHODS, KeyformerConfig
+from keyformer.config import CACHE_DTYPES, METHODS, InputError, KeyformerConfig
 from keyformer.evaluation import flags as flag
 from keyformer.evaluation.data import (
     TASKS,
+    Item,
+    Message,
     Task,
+    conversation,
     load_items,
     make_prompt,
     prompt_kind,
     sample,
     trained_room,
 )
+from keyformer.evaluation.generation import Generated
 from keyformer.evaluation.processes import is_main
 from keyformer.evaluation.results import check_record, record, write_json
+from keyformer.evaluation.retrieval import answered, load_articles, questions
 from keyformer.evaluation.run import generated, generation, load, summary
 from keyformer.evaluation.store import Store
 from keyformer.evaluation.work import finish
 from keyformer.quantize import weight_bytes
+
+ANSWER_TOKENS = 16
+"""The longest answer to a question."""
 
 
 def compare(
@@ -53,37 +61,60 @@ def compare(
     if flags.record:
         check_record(flags.record, store=flags.store)
     settings = list(rows(flags))
-    items = sample(load_items(flags.dataset_path, task), flags.n_obs, seed=0)
+    path = flags.dataset_path
+    items = chosen(load_articles(path) if flags.questions else load_items(path, task), flags)
     store = Store(flags.store)
     model, tokenizer = load(flags)
     room = trained_room(model, flags.max_new_tokens)
     kind = prompt_kind(flags.prompt, tokenizer)
+    asked = questions_of(items) if flags.questions else []
     prompts = [make_prompt(item, task, tokenizer, room, kind) for item in items]
-    options = {"num_beams": flags.beam, "max_new_tokens": flags.max_new_tokens}
-    jobs = [
-        generation(flags, model, tokenizer, prompts, config, seed, **options)
-        for _, seed, config in settings
-    ]
-    stopped = None
+    asking = [conversation(question.messages, tokenizer, kind) for question in asked]
+    texts, answers = (
+        [
+            generation(
+                flags,
+                model,
+                tokenizer,
+                these,
+                config,
+                seed,
+                num_beams=flags.beam,
+                max_new_tokens=most,
+            )
+            for _, seed, config in settings
+        ]
+        for these, most in ((prompts, flags.max_new_tokens), (asking, ANSWER_TOKENS))
+    )
+    jobs, stopped = [*texts, *answers], None
     try:
-        finish(jobs, store, model.device, resume=flags.resume, unit="doc")
+        finish(jobs, store, model.device, resume=flags.resume, unit="prompt")
     except KeyboardInterrupt as stop:
         stopped = stop
-    found = [generated(job, store) for job in jobs]
+    found, said = ([generated(job, store) for job in of] for of in (texts, answers))
     # Stopped, rows are still over the same items: those that all of them have.
-    common = [item for item in range(len(items)) if all(item in of for of in found)]
+    common, common_asked = (sorted(set.intersection(*map(set, of))) for of in (found, said))
     results = []
-    for (method, seed, config), of in zip(settings, found, strict=True):
+    for (method, seed, config), of, of_asked in zip(settings, found, said, strict=True):
         row = {"method": method, "kv_cache": config.kv_cache, "seed": seed}
         some = [items[item] for item in common]
         figures = summary([of[item] for item in common], some, task, flags.rouge_tokenizer)
+        if asked:
+            right = [asked[n].answered(of_asked[n].texts[0]) for n in common_asked]
+            figures |= {"questions": len(right), "answered": sum(right)}
         results.append({**row, "config": asdict(config), **figures})
     if is_main() and common:
+        names = [
+            method if method == "full" else f"{method} {config.kv_cache:g} %"
+            for method, _, config in settings
+        ]
         for item in common[: flags.show]:
             print(f"\nitem {item}\n  reference: {_line(task.reference(items[item]))}")
-            for (method, _, config), of in zip(settings, found, strict=True):
-                name = method if method == "full" else f"{method} {config.kv_cache:g} %"
-                print(f"  {name}: {_line(of[item].texts[0])}")
+            print_texts(names, [of[item] for of in found])
+            for n in common_asked:
+                if asked[n].item == item:
+                    print(f"  {asked[n].text} ({asked[n].answer})")
+                    print_texts(names, [of[n] for of in said])
         if stopped is not None:
             print(f"\nstopped: {len(common)} of {len(items)} items are done under every method")
         print_table(results)
@@ -96,6 +127,61 @@ def compare(
         write_json(flags.record, {**described, **record(sources), "rows": results})
     if stopped is not None:
         raise stopped
+
+
+def chosen(items: Sequence[Item], flags: argparse.Namespace) -> list[Item]:
+    """The items that --items or --n_obs ask for.
+
+    Raises
+    ------
+    InputError
+        If there are not so many.
+    """
+    if not flags.items:
+        return sample(items, flags.n_obs, seed=0)
+    for number in flags.items:
+        if number >= len(items):
+            raise InputError(f"--items must be from 0 to {len(items) - 1}, got {number}")
+    return [items[number] for number in flags.items]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One about an item.
+
+    Attributes
+    ----------
+    item
+        Its number.
+    text, answer
+        What is asked, and what a right answer contains.
+    messages
+        The item's document and the question.
+    """
+
+    item: int
+    text: str
+    answer: str
+    messages: list[Message]
+
+    def answered(self, text: str) -> bool:
+        """Whether a text has the answer."""
+        return answered(text, self.answer)
+
+
+def questions_of(items: Sequence[Item]) -> list[Question]:
+    """Those of all items, in their order."""
+    asked = ((number, one) for number, item in enumerate(items) for one in item["questions"])
+    return [
+        Question(number, one["question"], one["answer"], prompted["messages"])
+        for (number, one), prompted in zip(asked, questions(items, later=False), strict=True)
+    ]
+
+
+def print_texts(names: Sequence[str], texts: Sequence[Generated]) -> None:
+    """What each run wrote, a line each."""
+    for name, of in zip(names, texts, strict=True):
+        print(f"    {name}: {_line(of.texts[0])}")
 
 
 def _line(text: str) -> str:
@@ -131,7 +217,14 @@ def parse(
     )
     flag.prompt_flag(parser)
     parser.add_argument("--dataset_path", default=here / "data" / "sample_eval.json")
-    parser.add_argument("--n_obs", type=flag.whole(1), help="items, drawn at random (default: all)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--n_obs", type=flag.whole(1), help="items, drawn at random (default: all)")
+    which.add_argument("--items", nargs="+", type=flag.whole(0), help="or these, by their numbers")
+    parser.add_argument(
+        "--questions",
+        action="store_true",
+        help="also ask the questions that come with each item, as data/articles.json has them",
+    )
     parser.add_argument("--bs", type=flag.whole(1), default=8)
     parser.add_argument("--beam", type=flag.WIDTH, default=1)
     parser.add_argument("--max_new_tokens", type=flag.whole(1), default=task.max_new_tokens)
@@ -156,15 +249,15 @@ def rows(flags: argparse.Namespace) -> Iterator[tuple[str, int, KeyformerConfig]
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    """ROUGE, cache bytes and speed, a line for each run."""
-    print(
-        f"\n{'method':14}{'cache %':>8}{'seed':>6}{'ROUGE-1':>9}{'ROUGE-2':>9}{'ROUGE-L':>9}"
-        f"{'KV KiB/item':>12}{'tokens/s':>10}"
-    )
+    """ROUGE, questions answered if any were asked, cache bytes and speed, a line for each run."""
+    asked = "answered" in results[0]
+    head = f"\n{'method':14}{'cache %':>8}{'seed':>6}{'ROUGE-1':>9}{'ROUGE-2':>9}{'ROUGE-L':>9}"
+    print(head + asked * f"{'answered':>10}" + f"{'KV KiB/item':>12}{'tokens/s':>10}")
     for row in results:
         size = "all" if row["method"] == "full" else f"{row['kv_cache']:g}"
+        right = f"{row['answered']} of {row['questions']}" if asked else ""
         print(
             f"{row['method']:14}{size:>8}{row['seed']:>6}{row['rouge1']:>9.2f}{row['rouge2']:>9.2f}"
-            f"{row['rougeL']:>9.2f}{row['kv_bytes_end'] / 1024:>12.0f}"
+            f"{row['rougeL']:>9.2f}{right:>{10 * asked}}{row['kv_bytes_end'] / 1024:>12.0f}"
             f"{row['tokens_per_second']:>10.1f}"
         )
