@@ -12,8 +12,9 @@ import torch
 from conftest import script
 from originals import write_original
 
-from keyformer import KeyformerCache
+from keyformer import InputError, KeyformerCache, load_model
 from keyformer.config import METHODS
+from keyformer.evaluation.data import conversation, user
 from keyformer.evaluation.flags import run_main
 
 summarize = script("summarization", "summarize")
@@ -268,3 +269,43 @@ def test_compare_prints_methods_side_by_side(mpt_path, dataset_path, tmp_path, c
     assert {row["config"]["prefill_chunk"] for row in rows} == {50}
     sizes = [row["kv_bytes_end"] for row in rows]
     assert sizes[1] == sizes[3] < sizes[2] == sizes[5] < sizes[0]
+
+
+def test_compare_asks_questions(mpt_path, tmp_path, capsys) -> None:
+    """A question counts as answered where the greedy text, here without a cache, has the answer."""
+    article = "The key is in town. Others leave."
+    prompt = conversation(
+        [
+            user(
+                f"{article}\n\nAnswer the question with words from the article."
+                "\nQuestion: Where is it?"
+            )
+        ],
+        None,
+        "alpaca",
+    )
+    model, tokenizer = load_model(mpt_path, dtype="float32", device="cpu")
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    text = model.generate(ids, max_new_tokens=16, do_sample=False, use_cache=False)
+    right = tokenizer.decode(text[0, ids.shape[1] :], skip_special_tokens=True)
+    assert right.strip()
+    question = {"question": "Where is it?", "answer": right}
+    items = [{"article": "None.", "summary": "No.", "questions": [question]}]
+    items.append({"article": article, "summary": "The key.", "questions": [question] * 2})
+    items[1]["questions"][1] = {"question": "Where is it?", "answer": "a garden"}
+    data, record = tmp_path / "articles.json", tmp_path / "record.json"
+    data.write_text(json.dumps(items))
+    flags = ["--model_path", str(mpt_path), "--dataset_path", str(data), "--device", "cpu"]
+    flags += ["--methods", "full", "window", "--kv_cache", "5", "--max_new_tokens", "2"]
+    flags += ["--items", "1", "--questions", "--show", "1", "--store", str(tmp_path / "store")]
+    compare.main([*flags, "--record", str(record)])
+    full, window = json.loads(record.read_text())["rows"]
+    assert (full["items"], full["questions"], full["answered"]) == (1, 2, 1)
+    assert (window["questions"], window["answered"]) == (2, 0)
+    printed = capsys.readouterr().out
+    assert printed.count("Where is it? (") == 2 and "1 of 2" in printed and "0 of 2" in printed
+    with pytest.raises(InputError, match="--items must be from 0 to 1, got 2"):
+        compare.main([*flags, "--items", "2"])
+    data.write_text(json.dumps([{"article": "A.", "summary": "B."}]))
+    with pytest.raises(InputError, match="item 0 is no article with questions"):
+        compare.main(flags)

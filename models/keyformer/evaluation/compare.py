@@ -220,11 +220,13 @@ def parse(
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--n_obs", type=flag.whole(1), help="items, drawn at random (default: all)")
     which.add_argument("--items", nargs="+", type=flag.whole(0), help="or these, by their numbers")
-    parser.add_argument(
-        "--questions",
-        action="store_true",
-        help="also ask the questions that come with each item, as data/articles.json has them",
-    )
+    parser.set_defaults(questions=False)
+    if task is TASKS["summarization"]:
+        parser.add_argument(
+            "--questions",
+            action="store_true",
+            help="also ask the questions that come with each item, as data/articles.json has them",
+        )
     parser.add_argument("--bs", type=flag.whole(1), default=8)
     parser.add_argument("--beam", type=flag.WIDTH, default=1)
     parser.add_argument("--max_new_tokens", type=flag.whole(1), default=task.max_new_tokens)
