@@ -1,7 +1,7 @@
-"""KeyformerCache: a fixed number of slots in each layer and head, and the rule that fills them.
+"""KeyformerCache: a fixed number of slots in each layer and head, and what fills them.
 
-Nothing is moved. Tokens that lose their place are overwritten by those that come in; one
-rule serves the prompt, every decode step and a second prompt on the same cache.
+Nothing is moved. Tokens that lose their place, by the rule of :mod:`keyformer.eviction`, are
+overwritten by those that come in.
 """
 
 from __future__ import annotations
@@ -19,25 +19,13 @@ from keyformer import kernels
 from keyformer.attention import Attended, Rotary, Tokens
 from keyformer.call import CALL
 from keyformer.config import InputError, KeyformerConfig
+from keyformer.eviction import EMPTY, Eviction, known_positions
 from keyformer.precision import dequantize, quantize
 from keyformer.score import Scorer, temperature
 from keyformer.text import Columns, Text, make_writable
 
 GROWTH = 64
 """Slots added at a time while the text is shorter than the budget."""
-
-STAYS = torch.iinfo(torch.int64).max
-"""The rank of a token that may not leave."""
-
-HIDDEN, OUT_OF_WINDOW, NOTHING = -(2**32), -(2**33), -(2**34)
-"""The ranks of a token that the attention mask hides, of one that no query can see any more, and
-of none at all, each before its position."""
-
-COUNTS = 3
-"""What the decode kernel's programs count of each head."""
-
-EMPTY = -1
-"""The position of no token. What the mask hides is less: -2 - its position."""
 
 Observer = Callable[[int, Tensor, Attended], None]
 """Called with layer index, query positions (batch, tokens) and what they attended to."""
@@ -72,7 +60,8 @@ class KeyformerLayer(CacheLayerMixin):
     scores
         (batch, kv_heads, slots) float32, accumulated f_theta (section 3.3.2).
     finished
-        (batch, kv_heads, COUNTS) int32, zeros: the decode kernel's programs count themselves here.
+        (batch, kv_heads, kernels.COUNTS) int32, zeros: the decode kernel's programs count
+        themselves here.
     """
 
     is_sliding = False
@@ -149,7 +138,7 @@ class KeyformerLayer(CacheLayerMixin):
 
     def _hide(self) -> None:
         """Let the attention mask that was taken last hide tokens, or show them again."""
-        known = _known(self.positions)
+        known = known_positions(self.positions)
         unseen = torch.where(known < 0, known, -2 - known)
         shown = self.text.columns.shows(known)
         self.positions.copy_(torch.where(shown & (known >= 0), known, unseen))
@@ -319,12 +308,7 @@ class KeyformerLayer(CacheLayerMixin):
             return
         slots, tokens = self.positions.shape[-1], new.positions.shape[-1]
         positions = torch.cat([self.positions, new.positions], dim=-1)
-        leaves = self._leaves(positions, ranked_by, slots)
-        pairs = min(slots, tokens)
-        freed = _listed(leaves[..., :slots], pairs)
-        staying = _listed(~leaves[..., slots:], pairs)
-        # Where no token stays, the first slot is written over by itself.
-        any_stay = (~leaves[..., slots:]).any(dim=-1, keepdim=True)
+        freed, staying, any_stay = self._rule.exchange(positions, ranked_by, slots)
 
         if differentiates:
             # Gradients need what was there: slots are made anew, not written over.
@@ -337,6 +321,7 @@ class KeyformerLayer(CacheLayerMixin):
             return
         for name, one in self._stored(new, new_scores, staying).items():
             held = getattr(self, name)
+            # Where no token stays, the first slot is written over by itself.
             to = _across(freed, held)
             held.scatter_(2, to, torch.where(_across(any_stay, one), one, held.gather(2, to)))
 
@@ -345,17 +330,17 @@ class KeyformerLayer(CacheLayerMixin):
 
         What the rule comes to without any slot to free, for a fraction of the work.
         """
-        tokens, budget = new.positions.shape[-1], self.text.on(self.device).budget
         wanted = self._wanted()
-        ranks, best = self._ranks(new.positions, ranked_by).topk(min(wanted, tokens), dim=-1)
-        place = torch.arange(best.shape[-1], device=self.device)
-        stays = (ranks >= OUT_OF_WINDOW) & (place < budget[:, None, None])
-        staying = best.masked_fill(~stays, tokens).sort(dim=-1).values
-        empty = staying == tokens
-        stored = self._stored(new, new_scores, staying.clamp(max=tokens - 1))
-        stored["positions"].masked_fill_(empty, -1)
+        staying = self._rule.chosen(new.positions, ranked_by, wanted)
+        empty = staying == new.positions.shape[-1]
+        stored = self._stored(new, new_scores, staying.masked_fill(empty, 0))
+        stored["positions"].masked_fill_(empty, EMPTY)
         for name, held in stored.items():
             setattr(self, name, _with_slots(held, wanted, name))
+
+    @property
+    def _rule(self) -> Eviction:
+        return Eviction(self.config, self.text.on(self.device), self.window)
 
     def _stored(self, new: Tokens, new_scores: Tensor, index: Tensor) -> dict[str, Tensor]:
         """What slots hold of the new tokens ``index`` (batch, kv_heads, count), by attribute."""
@@ -375,7 +360,7 @@ class KeyformerLayer(CacheLayerMixin):
         )
 
     def _count_from_zero(self) -> None:
-        shape = (*self.positions.shape[:2], COUNTS)
+        shape = (*self.positions.shape[:2], kernels.COUNTS)
         self.finished = torch.zeros(shape, dtype=torch.int32, device=self.device)
 
     def _quantized(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -395,72 +380,6 @@ class KeyformerLayer(CacheLayerMixin):
         if wanted > self.positions.shape[-1]:
             for name in self._per_slot:
                 setattr(self, name, _with_slots(getattr(self, name), wanted, name))
-
-    def _ranks(self, positions: Tensor, scores: Tensor) -> Tensor:
-        """The order in which tokens leave, lowest first: the eviction rule.
-
-        Padding and empty slots leave first, then what the model's own window has left behind, then
-        what the attention mask hides, the oldest first; then tokens by score, the younger of two
-        equals first. Sinks and the recent window stay, and key tokens if they are frozen.
-
-        Parameters
-        ----------
-        positions, scores
-            (batch, kv_heads, tokens).
-
-        Returns
-        -------
-        Tensor
-            int64, the same shape.
-        """
-        config, text = self.config, self.text.on(self.device)
-        seen, budget = text.seen[:, None, None], text.budget[:, None, None]
-        hidden, positions = positions < EMPTY, _known(positions)
-        if config.normalize == "mean":
-            scores = scores / (seen - positions)
-        # Scores are never negative, so their bits sort as integers do.
-        rank = scores.contiguous().view(torch.int32).to(torch.int64) << 32
-        rank = rank + (torch.iinfo(torch.int32).max - positions)
-        kept = positions >= text.window_start(text.seen)[:, None, None]
-        if config.dilation:
-            kept &= positions % (config.dilation + 1) == 0
-        if config.sinks:
-            kept |= positions < budget.clamp(max=config.sinks)
-        if config.key_set == "frozen" and not text.in_first_prompt:
-            kept |= positions < text.frozen_before[:, None, None]
-        rank = rank.masked_fill(kept, STAYS)
-        rank = torch.where(hidden, HIDDEN + positions, rank)
-        if self.window is not None:
-            beyond = positions <= seen - self.window
-            rank = torch.where(beyond, OUT_OF_WINDOW + positions, rank)
-        return rank.masked_fill(positions < 0, NOTHING)
-
-    def _leaves(self, positions: Tensor, scores: Tensor, slots: int) -> Tensor:
-        """Who leaves when the new tokens compete with the slots, by their ranks.
-
-        As many leave as are new: padding first, then empty slots in their order. Slots beyond a
-        sequence's own budget stay, and therefore never fill.
-
-        Parameters
-        ----------
-        positions, scores
-            (batch, kv_heads, slots + new tokens).
-        slots
-            How many of them are slots.
-
-        Returns
-        -------
-        Tensor
-            Bool, the same shape, True for those that leave.
-        """
-        budget = self.text.on(self.device).budget[:, None, None]
-        rank = self._ranks(positions, scores)
-        place = torch.arange(positions.shape[-1], device=positions.device)
-        empty = NOTHING + place - positions.shape[-1] * (1 + (place >= slots).long())
-        rank = torch.where(positions == EMPTY, empty, rank)
-        rank = rank.masked_fill((place >= budget) & (place < slots), STAYS)
-        leaving = rank.topk(positions.shape[-1] - slots, largest=False, sorted=False).indices
-        return torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, leaving, True)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Refuse a model that would append keys without evicting."""
@@ -512,7 +431,7 @@ class KeyformerLayer(CacheLayerMixin):
         """Empty the slots of all tokens from positions ``seen`` (batch,) on."""
         if self.is_initialized:
             make_writable(self, self._in_place)
-            known = _known(self.positions)
+            known = known_positions(self.positions)
             later = known >= seen.to(self.device)[:, None, None]
             self.positions.masked_fill_(later, EMPTY)
             self.scores.masked_fill_(later, 0)
@@ -530,20 +449,6 @@ def model_windows(model_config: PreTrainedConfig) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _listed(mask: Tensor, count: int) -> Tensor:
-    """Indices of the True entries of each row in their order, (..., count).
-
-    Of fewer than ``count`` the first is repeated; of none it is 0. Nothing waits for the device.
-    """
-    found = mask.cumsum(dim=-1)
-    place = torch.where(mask, found - 1, count)
-    index = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
-    listed = torch.zeros(*mask.shape[:-1], count + 1, dtype=torch.int64, device=mask.device)
-    listed = listed.scatter_(-1, place, index)[..., :count]
-    beyond = torch.arange(count, device=mask.device) >= found[..., -1:]
-    return torch.where(beyond, listed[..., :1], listed)
-
-
 def _across(index: Tensor, vectors: Tensor) -> Tensor:
     """``index`` (batch, kv_heads, count) for every element of vectors, or of single numbers."""
     rest = (None,) * (vectors.ndim - 3)
@@ -555,13 +460,8 @@ def _with_slots(held: Tensor, slots: int, name: str) -> Tensor:
     if held.shape[2] == slots:
         return held
     rest = (0, 0) * (held.ndim - 3)
-    empty = -1 if name == "positions" else 0
+    empty = EMPTY if name == "positions" else 0
     return torch.nn.functional.pad(held, (*rest, 0, slots - held.shape[2]), value=empty)
-
-
-def _known(positions: Tensor) -> Tensor:
-    """The same, whether the attention mask hides them or not."""
-    return torch.where(positions < EMPTY, -2 - positions, positions)
 
 
 def _order(positions: Tensor) -> Tensor:

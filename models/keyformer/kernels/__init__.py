@@ -18,6 +18,10 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
 
+COUNTS = 3
+"""What the decode kernel's programs count of each head: those done, settlers done, and those that
+had their turn."""
+
 
 def run_on(backend: str, query: Tensor, **others: Any) -> bool:
     """Whether the kernels are to attend with ``query`` (batch, heads, tokens, head_dim).

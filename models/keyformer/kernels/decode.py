@@ -15,13 +15,14 @@ does so for earlier turns alone.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from keyformer import cache
+from keyformer import eviction, kernels
 from keyformer.attention import Tokens
 from keyformer.kernels.noise import LOG2_E, head_row, query_row, spread, zeta
 from keyformer.kernels.tiles import (
@@ -34,11 +35,13 @@ from keyformer.kernels.tiles import (
 from keyformer.precision import quantize
 from keyformer.score import Scorer
 
-STAYS = tl.constexpr(cache.STAYS)
+if TYPE_CHECKING:
+    from keyformer.cache import KeyformerLayer
+
+STAYS = tl.constexpr(eviction.STAYS)
 """The rank of a token that may not leave."""
 
-COUNTS = tl.constexpr(cache.COUNTS)
-"""Of the programs of a head: those done, settlers done, and those that had their turn."""
+COUNTS = tl.constexpr(kernels.COUNTS)
 
 PATIENCE = tl.constexpr(64)
 """Looks at the others' turns, of less than a microsecond each, before a program takes its own."""
@@ -216,7 +219,7 @@ def _join(
 def _rank(
     score, position, seen, window_start, safe_before, MEAN: tl.constexpr, STRIDE: tl.constexpr
 ):
-    """KeyformerLayer._ranks for real tokens: the lowest leaves."""
+    """:meth:`keyformer.eviction.Eviction.ranks` for real tokens: the lowest leaves."""
     if MEAN:
         score = score / (seen - position).to(tl.float32)
     rank = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) + (0x7FFFFFFF - position)
@@ -689,7 +692,7 @@ def _processors(device: torch.device) -> int:
 
 
 def step(
-    layer: cache.KeyformerLayer,
+    layer: KeyformerLayer,
     query: Tensor,
     slots: Tokens,
     read: Tokens,

@@ -1,0 +1,185 @@
+"""Algorithm 1: who stays, who leaves, and where a new token goes.
+
+One rule serves the prompt, every decode step and a second prompt on the same cache: tokens get a
+rank, and those of the lowest leave, as many as must. The decode kernel settles by the same ranks
+(:mod:`keyformer.kernels.decode`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from keyformer.config import KeyformerConfig
+from keyformer.text import Text
+
+EMPTY = -1
+"""The position of no token. What the mask hides is less: -2 - its position."""
+
+STAYS = torch.iinfo(torch.int64).max
+"""The rank of a token that may not leave."""
+
+HIDDEN, OUT_OF_WINDOW, NOTHING = -(2**32), -(2**33), -(2**34)
+"""The ranks of a token that the attention mask hides, of one that no query can see any more, and
+of none at all, each before its position."""
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """The rule for the tokens of one layer.
+
+    Attributes
+    ----------
+    config
+        The method and its settings.
+    text
+        How far each sequence has come, and its budget k, on the device of the tokens.
+    window
+        Tokens that the model lets a query see; None if all.
+    """
+
+    config: KeyformerConfig
+    text: Text
+    window: int | None
+
+    def ranks(self, positions: Tensor, scores: Tensor) -> Tensor:
+        """The order in which tokens leave, lowest first.
+
+        Padding and empty slots leave first, then what the model's own window has left behind, then
+        what the attention mask hides, the oldest first; then tokens by score, the younger of two
+        equals first. Sinks and the recent window stay, and key tokens if they are frozen.
+
+        Parameters
+        ----------
+        positions
+            (batch, kv_heads, tokens) int64, see :class:`keyformer.cache.KeyformerLayer`.
+        scores
+            f_theta accumulated (section 3.3.2), float32, the same shape, not negative.
+
+        Returns
+        -------
+        Tensor
+            int64, the same shape.
+        """
+        config, text = self.config, self.text
+        seen, budget = text.seen[:, None, None], text.budget[:, None, None]
+        hidden, positions = positions < EMPTY, known_positions(positions)
+        if config.normalize == "mean":
+            scores = scores / (seen - positions)
+        # Scores are never negative, so their bits sort as integers do.
+        rank = scores.contiguous().view(torch.int32).to(torch.int64) << 32
+        rank = rank + (torch.iinfo(torch.int32).max - positions)
+        kept = positions >= text.window_start(text.seen)[:, None, None]
+        if config.dilation:
+            kept &= positions % (config.dilation + 1) == 0
+        if config.sinks:
+            kept |= positions < budget.clamp(max=config.sinks)
+        if config.key_set == "frozen" and not text.in_first_prompt:
+            kept |= positions < text.frozen_before[:, None, None]
+        rank = rank.masked_fill(kept, STAYS)
+        rank = torch.where(hidden, HIDDEN + positions, rank)
+        if self.window is not None:
+            beyond = positions <= seen - self.window
+            rank = torch.where(beyond, OUT_OF_WINDOW + positions, rank)
+        return rank.masked_fill(positions < 0, NOTHING)
+
+    def chosen(self, positions: Tensor, scores: Tensor, slots: int) -> Tensor:
+        """Who of a first prompt stays where there are no slots yet: the best up to the budget.
+
+        What :meth:`exchange` comes to without any slot to free, for a fraction of the work.
+
+        Parameters
+        ----------
+        positions, scores
+            (batch, kv_heads, tokens) of the new tokens.
+        slots
+            At most this many stay.
+
+        Returns
+        -------
+        Tensor
+            (batch, kv_heads, min(slots, tokens)) int64: their numbers in their order, and the
+            number of tokens where a sequence's budget or its tokens end.
+        """
+        tokens = positions.shape[-1]
+        ranks, best = self.ranks(positions, scores).topk(min(slots, tokens), dim=-1)
+        place = torch.arange(best.shape[-1], device=positions.device)
+        stays = (ranks >= OUT_OF_WINDOW) & (place < self.text.budget[:, None, None])
+        return best.masked_fill(~stays, tokens).sort(dim=-1).values
+
+    def exchange(
+        self, positions: Tensor, scores: Tensor, slots: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Which slots are freed, and which new tokens go there.
+
+        As many slots leave as new tokens stay, head by head, so the two pair up.
+
+        Parameters
+        ----------
+        positions, scores
+            (batch, kv_heads, slots + new tokens).
+        slots
+            How many of them are slots.
+
+        Returns
+        -------
+        Tensor
+            (batch, kv_heads, min(slots, new tokens)) int64: slots; a pair too many repeats the
+            first.
+        Tensor
+            The same shape: the number of the new token that goes to each.
+        Tensor
+            (batch, kv_heads, 1) bool: whether any does. If none, both are 0 and nothing is to be
+            written.
+        """
+        leaves = self.leaves(positions, scores, slots)
+        pairs = min(slots, positions.shape[-1] - slots)
+        stays = ~leaves[..., slots:]
+        freed, staying = _listed(leaves[..., :slots], pairs), _listed(stays, pairs)
+        return freed, staying, stays.any(dim=-1, keepdim=True)
+
+    def leaves(self, positions: Tensor, scores: Tensor, slots: int) -> Tensor:
+        """Who leaves when new tokens compete with the slots.
+
+        As many leave as are new: padding first, then empty slots in their order. Slots beyond a
+        sequence's own budget stay, and therefore never fill.
+
+        Parameters
+        ----------
+        positions, scores, slots
+            Those of :meth:`exchange`.
+
+        Returns
+        -------
+        Tensor
+            Bool, the shape of ``positions``, True for those that leave.
+        """
+        budget = self.text.budget[:, None, None]
+        rank = self.ranks(positions, scores)
+        place = torch.arange(positions.shape[-1], device=positions.device)
+        empty = NOTHING + place - positions.shape[-1] * (1 + (place >= slots).long())
+        rank = torch.where(positions == EMPTY, empty, rank)
+        rank = rank.masked_fill((place >= budget) & (place < slots), STAYS)
+        leaving = rank.topk(positions.shape[-1] - slots, largest=False, sorted=False).indices
+        return torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, leaving, True)
+
+
+def known_positions(positions: Tensor) -> Tensor:
+    """The same, whether the attention mask hides them or not."""
+    return torch.where(positions < EMPTY, -2 - positions, positions)
+
+
+def _listed(mask: Tensor, count: int) -> Tensor:
+    """Indices of the True entries of each row in their order, (..., count).
+
+    Of fewer than ``count`` the first is repeated; of none it is 0. Nothing waits for the device.
+    """
+    found = mask.cumsum(dim=-1)
+    place = torch.where(mask, found - 1, count)
+    index = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
+    listed = torch.zeros(*mask.shape[:-1], count + 1, dtype=torch.int64, device=mask.device)
+    listed = listed.scatter_(-1, place, index)[..., :count]
+    beyond = torch.arange(count, device=mask.device) >= found[..., -1:]
+    return torch.where(beyond, listed[..., :1], listed)
