@@ -62,7 +62,9 @@ def compare(
         check_record(flags.record, store=flags.store)
     settings = list(rows(flags))
     path = flags.dataset_path
-    items = chosen(load_articles(path) if flags.questions else load_items(path, task), flags)
+    dataset = load_articles(path) if flags.questions else load_items(path, task)
+    numbers = chosen(len(dataset), flags)
+    items = [dataset[number] for number in numbers]
     store = Store(flags.store)
     model, tokenizer = load(flags)
     room = trained_room(model, flags.max_new_tokens)
@@ -109,7 +111,7 @@ def compare(
             for method, _, config in settings
         ]
         for item in common[: flags.show]:
-            print(f"\nitem {item}\n  reference: {_line(task.reference(items[item]))}")
+            print(f"\nitem {numbers[item]}\n  reference: {_line(task.reference(items[item]))}")
             print_texts(names, [of[item] for of in found])
             for n in common_asked:
                 if asked[n].item == item:
@@ -129,8 +131,8 @@ def compare(
         raise stopped
 
 
-def chosen(items: Sequence[Item], flags: argparse.Namespace) -> list[Item]:
-    """The items that --items or --n_obs ask for.
+def chosen(count: int, flags: argparse.Namespace) -> list[int]:
+    """Which of a dataset's items --items or --n_obs ask for, by their numbers.
 
     Raises
     ------
@@ -138,11 +140,11 @@ def chosen(items: Sequence[Item], flags: argparse.Namespace) -> list[Item]:
         If there are not so many.
     """
     if not flags.items:
-        return sample(items, flags.n_obs, seed=0)
+        return sample(range(count), flags.n_obs, seed=0)
     for number in flags.items:
-        if number >= len(items):
-            raise InputError(f"--items must be from 0 to {len(items) - 1}, got {number}")
-    return [items[number] for number in flags.items]
+        if number >= count:
+            raise InputError(f"--items must be from 0 to {count - 1}, got {number}")
+    return flags.items
 
 
 @dataclass(frozen=True)
