@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import forked_ranks
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.models.huggingface import HFLM
@@ -146,7 +147,7 @@ def by_hand(lm: KeyformerLM, config: KeyformerConfig, context: str, end: str) ->
 def test_continuations_see_the_evicted_cache(mpt, method: str, chunk) -> None:
     """One request at a time, as fed by hand, with its context's noise."""
     lm = model(mpt, method, kv_cache=40, recent=50, prefill_chunk=chunk)
-    pairs = PAIRS[::3]
+    pairs = PAIRS[::5]  # each context, each end
     expected = [by_hand(lm, lm.keyformer_config, *pair) for pair in pairs]
     check(lm.loglikelihood(ask("loglikelihood", *pairs)), expected)
     whole = model(mpt).loglikelihood(ask("loglikelihood", *pairs))
@@ -328,14 +329,9 @@ def test_b18_a_device_that_is_not_there_is_a_gpu_or_the_cpu(mpt, caplog, device)
     )
 
 
-PLUGIN = str(Path(keyformer_lm_eval.__file__).with_name("plugin.yaml"))
-
-
-LAUNCHED = [
-    *("accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
-    *("-m", "keyformer_lm_eval"),
-]
-"""On the CPU, where ``--cpu`` starts one process unless there is MPI."""
+PLUGIN, MAIN = (
+    str(Path(keyformer_lm_eval.__file__).with_name(name)) for name in ("plugin.yaml", "__main__.py")
+)
 
 
 def evaluated(folder: Path, command: list[str], path: str, *flags: str) -> tuple[dict, str, str]:
@@ -417,30 +413,18 @@ def test_processes_share_the_requests_and_give_what_one_gives(mpt, tmp_path) -> 
         "--tasks",
         *(f"{kind}_task" for kind in kinds),
     ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    runs = {}
-    for command in (LAUNCHED, ["keyformer-lm-eval"]):
-        out = tmp_path / command[0]
-        ran = subprocess.run(
-            [
-                Path(sys.executable).with_name(command[0]),
-                *command[1:],
-                *flags,
-                "--output_path",
-                out,
-                "--device",
-                "cpu",
-            ],
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-        assert ran.returncode == 0, ran.stderr
+    runs = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        command = [MAIN, *flags, "--output_path", str(out), "--device", "cpu"]
+        ended = [rank.wait() for rank in forked_ranks(command, tmp_path / "says", processes)]
+        assert [code for code, _, _ in ended] == [0] * processes, ended
         (written,) = out.rglob("results_*.json")
         samples = {path.name.split("_task")[0]: path.read_text() for path in out.rglob("samples_*")}
         assert [text.count("\n") for text in samples.values()] == [5, 5, 5]
-        runs[command[0]] = (json.loads(written.read_text())["results"], samples, ran.stdout)
-    assert runs["accelerate"] == runs["keyformer-lm-eval"]
+        printed = "".join(out for _, out, _ in ended)
+        runs.append((json.loads(written.read_text())["results"], samples, printed))
+    assert runs[0] == runs[1]
 
 
 def test_a18_names_of_the_commands() -> None:
