@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import forked_ranks
+from conftest import Forked, forked_ranks
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.models.huggingface import HFLM
@@ -334,8 +334,22 @@ PLUGIN, MAIN = (
 )
 
 
-def evaluated(folder: Path, command: list[str], path: str, *flags: str) -> tuple[dict, str, str]:
-    """lm-eval's results from a command on three questions, and what it printed."""
+OWN_TASKS_ALONE = """
+import runpy, sys
+from lm_eval.tasks import TaskManager
+init = TaskManager.__init__
+TaskManager.__init__ = lambda *given, **named: init(*given, **named | {"include_defaults": False})
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""A script without lm-eval's own tasks: thousands of files that each process would read."""
+
+
+def evaluated(folder: Path, command: str, path: str, *flags: str) -> tuple[dict, str, str]:
+    """lm-eval's results from a command on three questions, and what it printed.
+
+    Its own command runs in a fresh interpreter and reads all of its tasks.
+    """
     folder.mkdir(exist_ok=True)
     (folder / "task.yaml").write_text(
         "task: two_ends\noutput_type: multiple_choice\ntest_split: test\n"
@@ -343,15 +357,19 @@ def evaluated(folder: Path, command: list[str], path: str, *flags: str) -> tuple
         "doc_to_text: text\ndoc_to_choice: ends\ndoc_to_target: 0\n"
     )
     (folder / "d.jsonl").write_text('{"text": "the key", "ends": ["tokens", "others"]}\n' * 3)
-    script = Path(sys.executable).with_name(command[0])
+    script = str(Path(sys.executable).with_name(command))
     named = ["--model", "keyformer", "--model_args", f"pretrained={path}", *flags]
     tasks = ["--include_path", str(folder), "--output_path", str(folder / "out")]
-    ran = subprocess.run(
-        [str(script), *command[1:], *named, *tasks], capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
+    if command == "lm_eval":
+        ran = subprocess.run([script, *named, *tasks], capture_output=True, text=True)
+        code, printed, notes = ran.returncode, ran.stdout, ran.stderr
+    else:
+        (folder / "alone.py").write_text(OWN_TASKS_ALONE)
+        ran = Forked([str(folder / "alone.py"), script, *named, *tasks], folder / "says")
+        code, printed, notes = ran.wait()
+    assert code == 0, notes
     (written,) = (folder / "out").rglob("results_*.json")
-    return json.loads(written.read_text())["results"], ran.stdout, ran.stderr
+    return json.loads(written.read_text())["results"], printed, notes
 
 
 @pytest.mark.parametrize(
@@ -366,7 +384,7 @@ def test_a18_b18_commands_find_the_model_and_a_device(mpt, tmp_path, command, fl
 
     Without --device lm-eval says it is cuda:0.
     """
-    results, printed, notes = evaluated(tmp_path, [command], mpt, *flags)
+    results, printed, notes = evaluated(tmp_path, command, mpt, *flags)
     assert any("two_ends" in line for line in printed.splitlines())
     assert [name for name, measured in results.items() if "acc,none" in measured] == ["two_ends"]
     note = "there is no device cuda:0 here, the model is put on cpu"
@@ -414,9 +432,18 @@ def test_processes_share_the_requests_and_give_what_one_gives(mpt, tmp_path) -> 
         *(f"{kind}_task" for kind in kinds),
     ]
     runs = []
+    (tmp_path / "alone.py").write_text(OWN_TASKS_ALONE)
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        command = [MAIN, *flags, "--output_path", str(out), "--device", "cpu"]
+        command = [
+            str(tmp_path / "alone.py"),
+            MAIN,
+            *flags,
+            "--output_path",
+            str(out),
+            "--device",
+            "cpu",
+        ]
         ended = [rank.wait() for rank in forked_ranks(command, tmp_path / "says", processes)]
         assert [code for code, _, _ in ended] == [0] * processes, ended
         (written,) = out.rglob("results_*.json")

@@ -24,6 +24,7 @@ from keyformer import InputError, KeyformerCache, KeyformerConfig, load_model
 from keyformer.evaluation.data import TASKS
 from keyformer.evaluation.identity import weights_hash
 from keyformer.evaluation.measures import Attention, Likelihood, Rouge, Softmax
+from keyformer.evaluation.study import MODELS, Study
 from keyformer.evaluation.sweep import Cell, Request, Row, Run, Steps, carry_out, summarize
 from keyformer.evaluation.tables import alike, difference
 
@@ -79,9 +80,12 @@ def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
 
 
 def test_all_together_are_quick_and_complete(tmp_path) -> None:
-    """paper/all.sh --quick: every script writes its files."""
+    """paper/all.sh --quick: every script writes its files; the model is the first bundled one."""
+    flags = ["--quick", "--device", "cpu"]
+    model = write_original(tmp_path / "mpt-7b-keyformer", "mpt", "bin", n_layers=4)  # fig4 has one
+    assert Study("table4", None, flags).flags.model_path == [str(ROOT / "models" / MODELS[0])]
     out = tmp_path / "out"
-    command = [str(ROOT / "paper" / "all.sh"), "--quick", "--device", "cpu"]
+    command = [str(ROOT / "paper" / "all.sh"), *flags, "--model_path", str(model)]
     command += ["--out", str(out)]
     environment = {**os.environ, "PYTHON": "echo"}
     made = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
