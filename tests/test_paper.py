@@ -82,7 +82,8 @@ def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
 def test_all_together_are_quick_and_complete(tmp_path) -> None:
     """paper/all.sh --quick: every script writes its files; the model is the first bundled one."""
     flags = ["--quick", "--device", "cpu"]
-    model = write_original(tmp_path / "mpt-7b-keyformer", "mpt", "bin", n_layers=4)  # fig4 has one
+    shape = {"n_layers": 4, "n_heads": 8}  # as many as fig4 looks at by default
+    model = write_original(tmp_path / "mpt-7b-keyformer", "mpt", "bin", **shape)
     assert Study("table4", None, flags).flags.model_path == [str(ROOT / "models" / MODELS[0])]
     out = tmp_path / "out"
     command = [str(ROOT / "paper" / "all.sh"), *flags, "--model_path", str(model)]
