@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import copy
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -26,12 +27,15 @@ if not torch.cuda.is_available():
 
 import pytest
 from families import small_model
+from interpreter import make_quick
 from originals import ORIGINALS
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from keyformer import KeyformerConfig, enable_keyformer
 from keyformer.evaluation import flags
+
+make_quick()
 
 
 def script(folder: str, name: str):
@@ -64,14 +68,28 @@ def zygote() -> Callable[[dict[str, Any]], Any]:
 class Forked:
     """A script in a process of its own, as from a terminal, but torch is there already.
 
+    Parameters
+    ----------
+    command
+        The script's path and its arguments.
+    folder
+        Where what it prints goes, to files or pipes that may be there already.
+    stdin
+        What it reads.
+    environment
+        More variables.
+
     Attributes
     ----------
     pid
         Of the process.
     """
 
-    def __init__(self, command: list[str], folder: Path, **environment: str) -> None:
+    def __init__(
+        self, command: list[str], folder: Path, stdin: bytes = b"", **environment: str
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "stdin").write_bytes(stdin)
         self._folder = folder
         self._code: int | None = None
         request = {"command": command, "folder": str(folder), "environment": environment}
@@ -114,6 +132,12 @@ class LargestTensor(TorchDispatchMode):
         if isinstance(out, torch.Tensor):
             self.elements = max(self.elements, out.numel())
         return out
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, so collecting garbage need not look at it: that is a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", params=ORIGINALS)

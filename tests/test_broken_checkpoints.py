@@ -6,7 +6,6 @@ import json
 import logging
 import pickle
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import script
+from conftest import Forked, script
 from families import small_model
 from originals import END, ORIGINALS, write_original, write_tokenizer
 from safetensors.torch import load_file, save_file
@@ -650,16 +649,15 @@ def test_b4_in_every_script_it_is_one_line(
     assert "transformer.norm_f.weight" in lines[0]
 
 
-def test_b4_a_script_as_a_process_says_one_line(without_norm) -> None:
-    command = [sys.executable, ROOT / "summarization" / "summarize.py", "--device", "cpu"]
-    done = subprocess.run(
-        [*command, "--model_path", without_norm, "--n_obs", "1"], capture_output=True, text=True
-    )
-    lines = done.stderr.splitlines()
-    assert done.returncode == 2 and not done.stdout
+def test_b4_a_script_as_a_process_says_one_line(without_norm, tmp_path) -> None:
+    command = [str(ROOT / "summarization" / "summarize.py"), "--device", "cpu"]
+    command += ["--model_path", str(without_norm), "--n_obs", "1"]
+    code, printed, errors = Forked(command, tmp_path).wait()
+    lines = errors.splitlines()
+    assert code == 2 and not printed
     assert "missing (1: transformer.norm_f.weight)" in lines[-1]
     for noise in ("Traceback", "LOAD REPORT", "MISSING", "Loading weights"):
-        assert noise not in done.stderr
+        assert noise not in errors
 
 
 def test_b4_lm_evals_model_is_refused_alike(without_norm) -> None:

@@ -15,7 +15,7 @@ from collections import deque
 from pathlib import Path
 
 import pytest
-from conftest import script
+from conftest import Forked, script
 from originals import write_original
 from rouge_score.tokenizers import DefaultTokenizer
 
@@ -96,18 +96,18 @@ def test_b7_surrogates_in_a_dialogue_are_named(tmp_path) -> None:
         load_items(tmp_path / "data.json", TASKS["conversation"])
 
 
-def test_b9_a_line_that_is_not_utf8_does_not_end_a_chat(model_path) -> None:
+def test_b9_a_line_that_is_not_utf8_does_not_end_a_chat(model_path, tmp_path) -> None:
     """Nor do the lines around it get lost, which came in the same bytes."""
-    command = [sys.executable, str(ROOT / "conversation" / "dialogue.py"), "--interactive"]
+    command = [str(ROOT / "conversation" / "dialogue.py"), "--interactive"]
     command += ["--model_path", str(model_path), "--device", "cpu", "--max_new_tokens", "3"]
     command += ["--speakers", "Ann", "Bob", "--narrative", "They talk.", "--kv_budget", "30"]
     said = b"the key\nna\xefve\nthe tokens\n"
-    done = subprocess.run(command, input=said, capture_output=True)
-    printed = done.stdout.decode()
-    assert done.returncode == 0, done.stderr.decode()
+    code, printed, errors = Forked(command, tmp_path, said).wait()
+    assert code == 0, errors
     assert printed.count("is not UTF-8") == 1 and printed.count("Bob:") == 2
-    done = subprocess.run([*command, "--narrative", b"na\xefve"], input=said, capture_output=True)
-    assert done.returncode == 2 and b"--narrative" in done.stderr.splitlines()[-1]
+    command += ["--narrative", os.fsdecode(b"na\xefve")]
+    code, _, errors = Forked(command, tmp_path, said).wait()
+    assert code == 2 and "--narrative" in errors.splitlines()[-1]
 
 
 TEXTS = {
@@ -273,6 +273,15 @@ def arguments(model_path: Path, folder: Path, *more: str) -> list[str]:
     return [*argv, "--device", "cpu", "--max_new_tokens", "2", *more]
 
 
+AFTER = """
+import runpy, sys
+print("before", flush=True)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""A script that prints something and then is the one that its arguments say."""
+
+
 @pytest.mark.parametrize(
     ("flag", "name"),
     [
@@ -371,17 +380,20 @@ def test_b2_links_are_followed(summarize, tmp_path) -> None:
 
 def test_b2_devices_and_pipes_are_written_to(model_path, tmp_path) -> None:
     (tmp_path / "data.json").write_text(json.dumps([ITEM]))
-    command = [sys.executable, str(ROOT / "summarization" / "summarize.py")]
+    command = [str(ROOT / "summarization" / "summarize.py")]
     more = ["--save_path", "/dev/null", "--score_path", "/dev/stdout"]
     command += arguments(model_path, tmp_path, *more)
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert '"rouge1":' in done.stdout and "texts in /dev/null" in done.stdout
-    with (tmp_path / "printed").open("w") as printed:  # a file in the place of a terminal
-        printed.write("before\n")
-        printed.flush()
-        assert subprocess.run(command, stdout=printed, stderr=subprocess.DEVNULL).returncode == 0
-    shown = (tmp_path / "printed").read_text()
+    pipe, read = tmp_path / "piped" / "stdout", []
+    pipe.parent.mkdir()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    assert Forked(command, pipe.parent).poll(block=True) == 0
+    reader.join(timeout=30)
+    assert '"rouge1":' in read[0] and "texts in /dev/null" in read[0]
+    (tmp_path / "after.py").write_text(AFTER)  # a file in the place of a terminal
+    code, shown, _ = Forked([str(tmp_path / "after.py"), *command], tmp_path / "filed").wait()
+    assert code == 0
     assert shown.startswith("before\n{") and "texts in /dev/null" in shown
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
@@ -576,11 +588,15 @@ def test_b17_no_run_replaces_a_committed_record_unasked() -> None:
 
 WITHOUT = """
 import runpy, sys
+for name in list(sys.modules):
+    if name.partition(".")[0] in {{"keyformer", "keyformer_lm_eval", *{names!r}}}:
+        del sys.modules[name]
 for name in {names!r}:
     sys.modules[name] = None
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+"""A script that imports this project anew where modules are missing."""
 
 
 @pytest.mark.parametrize(
@@ -593,14 +609,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         ("paper/table2.py", ["lm_eval"], 'pip install -c constraints.txt -e ".[lm_eval]"'),
     ],
 )
-def test_b17_without_the_extras(path: str, without: list[str], says: str | None) -> None:
-    command = [sys.executable, "-c", WITHOUT.format(names=without), str(ROOT / path), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_b17_without_the_extras(path: str, without: list[str], says: str | None, tmp_path) -> None:
+    (tmp_path / "without.py").write_text(WITHOUT.format(names=without))
+    command = [str(tmp_path / "without.py"), str(ROOT / path), "--help"]
+    code, _, errors = Forked(command, tmp_path).wait()
     if says is None:
-        assert done.returncode == 0, done.stderr
+        assert code == 0, errors
     else:
-        (line,) = done.stderr.splitlines()
-        assert done.returncode == 2 and says in line and f"{without[0]} is not installed" in line
+        (line,) = errors.splitlines()
+        assert code == 2 and says in line and f"{without[0]} is not installed" in line
 
 
 COMMANDS = ["summarization/summarize.py", "benchmarks/quantized_weights.py", "models/tiny/train.py"]
@@ -615,10 +632,10 @@ def test_b19_commands_say_nothing_of_torchao(path: str) -> None:
     assert done.returncode == 0 and done.stderr == ""
 
 
-def test_b19_real_warnings_of_torchao_are_heard() -> None:
-    code = (
+def test_b19_real_warnings_of_torchao_are_heard(tmp_path) -> None:
+    (tmp_path / "warns.py").write_text(
         "import keyformer, logging; logging.getLogger('torchao').warning('Failed to load all');"
         "logging.getLogger('torchao.quantization').warning('int8 is slow here')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stderr.splitlines() == ["Failed to load all", "int8 is slow here"]
+    _, _, errors = Forked([str(tmp_path / "warns.py")], tmp_path).wait()
+    assert errors.splitlines() == ["Failed to load all", "int8 is slow here"]

@@ -94,9 +94,9 @@ def test_scores_added_up_by_several_programs(monkeypatch, method: str, score: st
     """A range of slots each, one of them empty; padding in a step, and slots not filled yet."""
     monkeypatch.setattr(keyformer.kernels.decode, "SETTLED", 64)
     config = KeyformerConfig.preset(method, kv_cache=90, seed=3, score=score)
-    check_same(Case(config, 1, 3, [300, 100], [1, 1, 2, 1], alibi=True, seed=0))
-    roomy = dataclasses.replace(config, kv_budget=400)
-    check_same(Gap(roomy, 1, 2, [200, 300], [1] * 4, alibi=True, seed=0))
+    check_same(Case(config, 1, 3, [150, 60], [1, 1, 2, 1], alibi=True, seed=0))
+    roomy = dataclasses.replace(config, kv_budget=250)
+    check_same(Gap(roomy, 1, 2, [90, 140], [1] * 3, alibi=True, seed=0))
 
 
 def turned_round(path: Path):
@@ -147,7 +147,7 @@ def test_a19_program_ids_turned_round(monkeypatch, tmp_path, settled: int) -> No
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 4), (80, 1), (128, 1), (256, 1)])
 def test_head_sizes(head_dim: int, group: int) -> None:
     config = KeyformerConfig(kv_cache=90, seed=3)
-    check_same(Case(config, 1, group, [150, 140], [1, 1, 3, 1], False, 0, head_dim=head_dim))
+    check_same(Case(config, 1, group, [90, 80], [1, 1, 3, 1], False, 0, head_dim=head_dim))
 
 
 @pytest.mark.parametrize("kind", CACHE_DTYPES[1:])
@@ -155,9 +155,7 @@ def test_head_sizes(head_dim: int, group: int) -> None:
 def test_quantized_slots(kind: str, positions: str) -> None:
     """Read as they are stored, but where keys are rotated when they are read; 2 scales of int4."""
     config = KeyformerConfig(kv_cache=80, seed=3, cache_dtype=kind, positions=positions)
-    check_same(
-        Case(config, 1, 2, [150, 90], [1, 1, 3, 1], True, 0, positions == "new", head_dim=64)
-    )
+    check_same(Case(config, 1, 2, [90, 60], [1, 1, 3, 1], True, 0, positions == "new", head_dim=64))
 
 
 @pytest.mark.parametrize("dtype", HALF_PRECISION)
@@ -227,7 +225,7 @@ def test_padding_in_a_decode_step_changes_nothing() -> None:
 def test_shared_scores() -> None:
     config = KeyformerConfig(kv_cache=40, score="shared", seed=7)
     layers = [
-        Case(config, 2, 2, [17, 9], [1] * 5, alibi=True, seed=seed, device=DEVICE)
+        Case(config, 2, 2, [17, 9], [1] * 3, alibi=True, seed=seed, device=DEVICE)
         for seed in range(2)
     ]
     caches = []
@@ -246,7 +244,7 @@ def test_shared_scores() -> None:
 def test_noise_of_ids_is_that_of_score(kind: str) -> None:
     """Both in the prompt and in steps, with ids beyond 32 bits."""
     config = KeyformerConfig(kv_cache=40, seed=7, noise=kind)
-    case = Case(config, 2, 2, [17, 9], [1] * 5, alibi=True, seed=3, device=DEVICE)
+    case = Case(config, 2, 2, [17, 9], [1] * 3, alibi=True, seed=3, device=DEVICE)
     kept = []
     for backend, ids in (("torch", [5, 2**33 + 9]), ("triton", [5, 9]), ("triton", None)):
         config = dataclasses.replace(config, backend=backend)
@@ -271,7 +269,7 @@ def test_noise_is_that_of_score(kind: str) -> None:
     """But for a constant, hash by hash, far into both tails, which few draws reach."""
     queries, keys, seed, layer = 16, 2**16, 2**40 + 5, 3
     got = torch.empty(queries, keys, device=DEVICE)
-    _draw[(queries, 16)](got, first_row(seed, layer), 1, 2, NOISE=kind, KEYS=keys // 16)
+    _draw[(queries, 4)](got, first_row(seed, layer), 1, 2, NOISE=kind, KEYS=keys // 4)
     places = torch.arange(keys)
     expected = noise(kind, seed, layer, 4, places[:queries].expand(2, -1), places.expand(2, 2, -1))
     differences = got.cpu() - expected[1, 2]
@@ -280,17 +278,17 @@ def test_noise_is_that_of_score(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "options", "settings_"),
+    ("arch", "layers", "heads", "options", "settings_"),
     [
-        ("mpt", {"num_beams": 2}, {}),
-        ("gptj", {}, {"positions": "new"}),
-        ("gptj", {"num_beams": 2}, {}),
-        ("cerebras", {}, {"score": "shared"}),
+        ("mpt", 2, 1, {"num_beams": 2}, {}),
+        ("gptj", 1, 2, {}, {"positions": "new"}),
+        ("gptj", 1, 1, {"num_beams": 2}, {}),
+        ("cerebras", 2, 2, {}, {"score": "shared"}),
     ],
 )
-def test_generate(arch: str, options, settings_) -> None:
+def test_generate(arch: str, layers: int, heads: int, options, settings_) -> None:
     """Greedy and with beams, whose slots the reordering kernel changes in place."""
-    model = small_stock(arch, heads=2).to(DEVICE)
+    model = small_stock(arch, layers=layers, heads=heads).to(DEVICE)
     prompt = torch.randint(1, 61, (2, 14), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     mask = torch.ones_like(prompt)
     mask[0, :5] = 0
@@ -360,7 +358,7 @@ def test_rotations_of_neighbours(head_dim: int, rotary_dim: int, dtype: torch.dt
         assert torch.allclose(got.float(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     rounds=st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=1, max_size=3),
     seed=st.integers(0, 100),
@@ -478,7 +476,7 @@ def let_capture(monkeypatch, model, cache) -> None:
 )
 def test_replayed_steps_equal_run_ones(monkeypatch, arch: str, options) -> None:
     """All steps of generate but the first, and those of a second prompt on the same cache."""
-    model = small_stock(arch, layers=1, heads=2).to(DEVICE)
+    model = small_stock(arch, layers=1, heads=1).to(DEVICE)
     config = KeyformerConfig(kv_budget=9, seed=1, backend="triton")
     prompts = torch.randint(1, 61, (2, 2, 7), generator=torch.Generator().manual_seed(2))
     prompts = prompts.to(DEVICE)
@@ -491,7 +489,7 @@ def test_replayed_steps_equal_run_ones(monkeypatch, arch: str, options) -> None:
         let_capture(monkeypatch, model, cache)
         torch.manual_seed(0)
         text = prompts[0]
-        for tokens, prompt in ((6, prompts[1]), (4, prompts[1][:, :0]))[: 3 - beams]:
+        for tokens, prompt in ((5, prompts[1]), (4, prompts[1][:, :0]))[: 3 - beams]:
             chosen = {"max_new_tokens": tokens, "min_new_tokens": tokens, **options}
             chosen["attention_mask"] = torch.ones_like(text)
             chosen["attention_mask"][0, 0] = 0  # padding: a mask of ones is dropped on the way
@@ -519,7 +517,7 @@ def test_a20_a_changed_model_is_captured_anew(monkeypatch, change: str) -> None:
     """Between two prompts on one cache; with hooks steps are run."""
     expected_captures, apply = CHANGES[change]
     config = KeyformerConfig(kv_budget=9, seed=1, backend="triton")
-    prompts = torch.randint(1, 61, (2, 2, 7), generator=torch.Generator().manual_seed(2))
+    prompts = torch.randint(1, 61, (2, 1, 7), generator=torch.Generator().manual_seed(2))
     prompts = prompts.to(DEVICE)
     captures: list[int] = []
     make = keyformer.replay.DecodeGraph.__init__
@@ -531,10 +529,10 @@ def test_a20_a_changed_model_is_captured_anew(monkeypatch, change: str) -> None:
     texts = []
     for least in (100, 2):
         monkeypatch.setattr(keyformer.replay, "LEAST_STEPS", least)
-        model = enable_keyformer(small_stock("mpt", layers=1, heads=2).to(DEVICE), config)
+        model = enable_keyformer(small_stock("mpt", layers=1, heads=1).to(DEVICE), config)
         cache = KeyformerCache(model.config, config)
         let_capture(monkeypatch, model, cache)
-        chosen = {"past_key_values": cache, "max_new_tokens": 5, "min_new_tokens": 5}
+        chosen = {"past_key_values": cache, "max_new_tokens": 4, "min_new_tokens": 4}
         text = model.generate(prompts[0], **chosen)
         apply(model.transformer.blocks[0])
         texts.append(model.generate(torch.cat([text, prompts[1]], dim=1), **chosen))
@@ -544,10 +542,10 @@ def test_a20_a_changed_model_is_captured_anew(monkeypatch, change: str) -> None:
 
 def test_a_model_that_cannot_be_captured_is_run(monkeypatch) -> None:
     """With a warning that says why; the steps go on where they were."""
-    model = small_stock("mpt", layers=1, heads=2).to(DEVICE)
+    model = small_stock("mpt", layers=1, heads=1).to(DEVICE)
     config = KeyformerConfig(kv_budget=6, seed=1, backend="triton")
     prompt = torch.randint(1, 61, (1, 7), device=DEVICE)
-    options = {"max_new_tokens": 6, "min_new_tokens": 6}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4}
     expected = enable_keyformer(model, config).generate(prompt, **options)
     monkeypatch.setattr(keyformer.replay, "CAPTURED_ON", (DEVICE,))
     monkeypatch.setattr(keyformer.replay, "LEAST_STEPS", 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Forked, forked_ranks
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model, model_registry
 from lm_eval.models.huggingface import HFLM
@@ -146,7 +147,7 @@ def by_hand(lm: KeyformerLM, config: KeyformerConfig, context: str, end: str) ->
 def test_continuations_see_the_evicted_cache(mpt, method: str, chunk) -> None:
     """One request at a time, as fed by hand, with its context's noise."""
     lm = model(mpt, method, kv_cache=40, recent=50, prefill_chunk=chunk)
-    pairs = PAIRS[::3]
+    pairs = PAIRS[::5]  # each context, each end
     expected = [by_hand(lm, lm.keyformer_config, *pair) for pair in pairs]
     check(lm.loglikelihood(ask("loglikelihood", *pairs)), expected)
     whole = model(mpt).loglikelihood(ask("loglikelihood", *pairs))
@@ -328,18 +329,27 @@ def test_b18_a_device_that_is_not_there_is_a_gpu_or_the_cpu(mpt, caplog, device)
     )
 
 
-PLUGIN = str(Path(keyformer_lm_eval.__file__).with_name("plugin.yaml"))
+PLUGIN, MAIN = (
+    str(Path(keyformer_lm_eval.__file__).with_name(name)) for name in ("plugin.yaml", "__main__.py")
+)
 
 
-LAUNCHED = [
-    *("accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
-    *("-m", "keyformer_lm_eval"),
-]
-"""On the CPU, where ``--cpu`` starts one process unless there is MPI."""
+OWN_TASKS_ALONE = """
+import runpy, sys
+from lm_eval.tasks import TaskManager
+init = TaskManager.__init__
+TaskManager.__init__ = lambda *given, **named: init(*given, **named | {"include_defaults": False})
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""A script without lm-eval's own tasks: thousands of files that each process would read."""
 
 
-def evaluated(folder: Path, command: list[str], path: str, *flags: str) -> tuple[dict, str, str]:
-    """lm-eval's results from a command on three questions, and what it printed."""
+def evaluated(folder: Path, command: str, path: str, *flags: str) -> tuple[dict, str, str]:
+    """lm-eval's results from a command on three questions, and what it printed.
+
+    Its own command runs in a fresh interpreter and reads all of its tasks.
+    """
     folder.mkdir(exist_ok=True)
     (folder / "task.yaml").write_text(
         "task: two_ends\noutput_type: multiple_choice\ntest_split: test\n"
@@ -347,15 +357,19 @@ def evaluated(folder: Path, command: list[str], path: str, *flags: str) -> tuple
         "doc_to_text: text\ndoc_to_choice: ends\ndoc_to_target: 0\n"
     )
     (folder / "d.jsonl").write_text('{"text": "the key", "ends": ["tokens", "others"]}\n' * 3)
-    script = Path(sys.executable).with_name(command[0])
+    script = str(Path(sys.executable).with_name(command))
     named = ["--model", "keyformer", "--model_args", f"pretrained={path}", *flags]
     tasks = ["--include_path", str(folder), "--output_path", str(folder / "out")]
-    ran = subprocess.run(
-        [str(script), *command[1:], *named, *tasks], capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
+    if command == "lm_eval":
+        ran = subprocess.run([script, *named, *tasks], capture_output=True, text=True)
+        code, printed, notes = ran.returncode, ran.stdout, ran.stderr
+    else:
+        (folder / "alone.py").write_text(OWN_TASKS_ALONE)
+        ran = Forked([str(folder / "alone.py"), script, *named, *tasks], folder / "says")
+        code, printed, notes = ran.wait()
+    assert code == 0, notes
     (written,) = (folder / "out").rglob("results_*.json")
-    return json.loads(written.read_text())["results"], ran.stdout, ran.stderr
+    return json.loads(written.read_text())["results"], printed, notes
 
 
 @pytest.mark.parametrize(
@@ -370,7 +384,7 @@ def test_a18_b18_commands_find_the_model_and_a_device(mpt, tmp_path, command, fl
 
     Without --device lm-eval says it is cuda:0.
     """
-    results, printed, notes = evaluated(tmp_path, [command], mpt, *flags)
+    results, printed, notes = evaluated(tmp_path, command, mpt, *flags)
     assert any("two_ends" in line for line in printed.splitlines())
     assert [name for name, measured in results.items() if "acc,none" in measured] == ["two_ends"]
     note = "there is no device cuda:0 here, the model is put on cpu"
@@ -417,30 +431,27 @@ def test_processes_share_the_requests_and_give_what_one_gives(mpt, tmp_path) -> 
         "--tasks",
         *(f"{kind}_task" for kind in kinds),
     ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    runs = {}
-    for command in (LAUNCHED, ["keyformer-lm-eval"]):
-        out = tmp_path / command[0]
-        ran = subprocess.run(
-            [
-                Path(sys.executable).with_name(command[0]),
-                *command[1:],
-                *flags,
-                "--output_path",
-                out,
-                "--device",
-                "cpu",
-            ],
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
-        assert ran.returncode == 0, ran.stderr
+    runs = []
+    (tmp_path / "alone.py").write_text(OWN_TASKS_ALONE)
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        command = [
+            str(tmp_path / "alone.py"),
+            MAIN,
+            *flags,
+            "--output_path",
+            str(out),
+            "--device",
+            "cpu",
+        ]
+        ended = [rank.wait() for rank in forked_ranks(command, tmp_path / "says", processes)]
+        assert [code for code, _, _ in ended] == [0] * processes, ended
         (written,) = out.rglob("results_*.json")
         samples = {path.name.split("_task")[0]: path.read_text() for path in out.rglob("samples_*")}
         assert [text.count("\n") for text in samples.values()] == [5, 5, 5]
-        runs[command[0]] = (json.loads(written.read_text())["results"], samples, ran.stdout)
-    assert runs["accelerate"] == runs["keyformer-lm-eval"]
+        printed = "".join(out for _, out, _ in ended)
+        runs.append((json.loads(written.read_text())["results"], samples, printed))
+    assert runs[0] == runs[1]
 
 
 def test_a18_names_of_the_commands() -> None:

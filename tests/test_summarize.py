@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import script
 from originals import write_original
+from transformers import AutoTokenizer
 
 from keyformer import InputError, KeyformerCache, load_model
 from keyformer.config import METHODS
@@ -77,9 +78,18 @@ def caches(monkeypatch) -> list[KeyformerCache]:
     return made
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("batch", [["--bs", "1"], ["--bs", "4", "--beam", "4", "--early_stopping"]])
-@pytest.mark.parametrize("kv_cache", ["20", "90"])
+BATCHES = [["--bs", "1"], ["--bs", "4", "--beam", "4", "--early_stopping"]]
+SIZES = ["20", "90"]
+
+
+@pytest.mark.parametrize(
+    ("method", "batch", "kv_cache"),
+    [
+        (method, batch, SIZES[(number + more) % 2])
+        for number, method in enumerate(METHODS)
+        for more, batch in enumerate(BATCHES)
+    ],
+)  # every pair of two of them
 def test_every_method_keeps_its_budget(run, caches, method, batch, kv_cache) -> None:
     scores, lines = run("--attention", method, "--kv_cache", kv_cache, *batch)
     assert len(lines) == 5
@@ -130,12 +140,14 @@ def test_seed_decides_sampling_and_noise(run) -> None:
     assert run(*flags, "1")[1] != run(*flags, "2")[1]
 
 
-def test_eos_token_ends_a_summary(run) -> None:
-    scores, _ = run("--bs", "5", "--max_new_tokens", "30", "--min_gen_length", "30")
-    assert scores["gen_tokens"] == 150
-    for token in range(320):
-        ended, _ = run("--max_new_tokens", "30", "--eos_token_id", str(token))
-        if ended["gen_tokens"] < 150:
+def test_eos_token_ends_a_summary(run, model_path) -> None:
+    length = ["--bs", "5", "--max_new_tokens", "12"]
+    scores, lines = run(*length, "--min_gen_length", "12", "--include_special_tokens")
+    assert scores["gen_tokens"] == 60
+    written = AutoTokenizer.from_pretrained(model_path)(lines)["input_ids"]
+    for token in dict.fromkeys(token for line in written for token in line):
+        ended, _ = run(*length, "--eos_token_id", str(token))
+        if ended["gen_tokens"] < 60:
             return
     raise AssertionError("no token ended any summary")
 

@@ -1,13 +1,14 @@
 """Runs scripts in forks of itself, so that torch is imported once: a line of JSON a request.
 
 ``{"command": [...], "folder": ..., "environment": {...}}`` starts a script, whose stdout and stderr
-go to files of the folder, and prints its pid; ``{"pid": ..., "block": ...}`` prints its exit code,
-that of a signal negative, or null while it runs. It runs nothing itself and so has no threads,
-which a fork would cut off with what they hold.
+go to files of the folder and which reads the one named stdin, if there is one, and prints its pid;
+``{"pid": ..., "block": ...}`` prints its exit code, that of a signal negative, or null while it
+runs. It runs nothing itself and so has no threads, which a fork would cut off with what they hold.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -29,7 +30,9 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> NoRetu
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update(environment)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        given = folder / "stdin"
+        os.dup2(os.open(given if given.exists() else os.devnull, os.O_RDONLY), 0)
+        sys.stdin = os.fdopen(0, closefd=False)
         for number, name in enumerate(("stdout", "stderr"), start=1):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.argv = command
@@ -48,6 +51,7 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> NoRetu
 def main() -> None:
     """Answer until there are no more requests."""
     code_hash("keyformer.evaluation.study", "keyformer_lm_eval.harness")  # remembers modules
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         if "command" in request:
