@@ -25,7 +25,7 @@ from keyformer.evaluation.store import Store, _owner
 
 ROOT = Path(__file__).parents[1]
 SENTENCE = "the key tokens and the recent tokens of a text that is read word by word"
-DEATHS = 6
+DEATHS = 20
 LONGEST = 1.2
 """Seconds that a life has at most before it is killed."""
 
