@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.speed import STEPS, Record, Speed
+from keyformer_evaluation.speed import STEPS, Record, Speed
+from keyformer_evaluation.tasks.flags import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> None:

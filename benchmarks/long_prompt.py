@@ -18,14 +18,14 @@ from transformers import PreTrainedModel
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation import flags as flag
-from keyformer.evaluation.results import (
+from keyformer_evaluation.records.results import (
     check_record,
     peak_memory_bytes,
     run_record,
     write_json,
 )
-from keyformer.evaluation.run import load
+from keyformer_evaluation.tasks import flags as flag
+from keyformer_evaluation.tasks.run import load
 
 
 def main(argv: Sequence[str] | None = None) -> None:

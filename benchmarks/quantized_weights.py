@@ -12,18 +12,25 @@ import keyformer  # noqa: F401 - before transformers, to keep it quiet
 
 # isort: split
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation import flags as flag
-from keyformer.evaluation.data import TASKS, Item, load_items, make_prompt, prompt_room, sample
-from keyformer.evaluation.generation import generate
-from keyformer.evaluation.results import (
+from keyformer.integration import check_device, load_model
+from keyformer.quantize import QUANTIZATIONS, weight_bytes
+from keyformer_evaluation.records.results import (
     check_record,
     installed_version,
     run_record,
     write_json,
 )
-from keyformer.evaluation.run import summary
-from keyformer.integration import check_device, load_model
-from keyformer.quantize import QUANTIZATIONS, weight_bytes
+from keyformer_evaluation.tasks import flags as flag
+from keyformer_evaluation.tasks.data import (
+    TASKS,
+    Item,
+    load_items,
+    make_prompt,
+    prompt_room,
+    sample,
+)
+from keyformer_evaluation.tasks.generation import generate
+from keyformer_evaluation.tasks.run import summary
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("mpt-tiny-keyformer", "gptj-tiny-keyformer", "cerebras-tiny-keyformer")

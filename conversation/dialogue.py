@@ -15,10 +15,10 @@ import keyformer  # noqa: F401 - before transformers, to keep it quiet
 from transformers import TextStreamer, set_seed
 
 from keyformer.config import InputError
-from keyformer.evaluation import flags as flag
-from keyformer.evaluation.chat import Chat
-from keyformer.evaluation.data import TASKS, is_text, load_items
-from keyformer.evaluation.run import load, run_and_report, task_parser
+from keyformer_evaluation.tasks import flags as flag
+from keyformer_evaluation.tasks.chat import Chat
+from keyformer_evaluation.tasks.data import TASKS, is_text, load_items
+from keyformer_evaluation.tasks.run import load, run_and_report, task_parser
 
 HERE = Path(__file__).parent
 CHAT_BUDGET = 256

@@ -13,17 +13,17 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from keyformer.config import InputError
-from keyformer.evaluation import flags as flag
-from keyformer.evaluation.processes import processes
-from keyformer.evaluation.results import (
+from keyformer.integration import PACKAGES, check_device
+from keyformer.quantize import weight_bytes
+from keyformer_evaluation.records.processes import processes
+from keyformer_evaluation.records.results import (
     check_record,
     peak_memory_bytes,
     record,
     write_json,
 )
-from keyformer.evaluation.store import Store
-from keyformer.integration import PACKAGES, check_device
-from keyformer.quantize import weight_bytes
+from keyformer_evaluation.records.store import Store
+from keyformer_evaluation.tasks import flags as flag
 
 try:
     from lm_eval.loggers import EvaluationTracker

@@ -15,19 +15,19 @@ from itertools import product
 from pathlib import Path
 
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.evaluation.data import TASKS, Item, load_items
-from keyformer.evaluation.flags import Parser
-from keyformer.evaluation.measures import Likelihood, OnItems
-from keyformer.evaluation.pictures import method_curves
-from keyformer.evaluation.study import KINDS, Panel, Results, Study, run_study
-from keyformer.evaluation.sweep import Cell, Labels, Row, Steps, plain
-from keyformer.evaluation.tables import (
+from keyformer_evaluation.studies.measures import Likelihood, OnItems
+from keyformer_evaluation.studies.pictures import method_curves
+from keyformer_evaluation.studies.study import KINDS, Panel, Results, Study, run_study
+from keyformer_evaluation.studies.sweep import Cell, Labels, Row, Steps, plain
+from keyformer_evaluation.studies.tables import (
     LOSSES,
     compared_metric,
     gain,
     print_columns,
     print_tables,
 )
+from keyformer_evaluation.tasks.data import TASKS, Item, load_items
+from keyformer_evaluation.tasks.flags import Parser
 from tiny.corpus import document
 
 BASELINES = ("window", "h2o", "keyformer")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import CACHE_DTYPES, KeyformerConfig
-from keyformer.evaluation.pictures import method_curves
-from keyformer.evaluation.study import Study, run_study
-from keyformer.evaluation.sweep import Cell, Steps
-from keyformer.evaluation.tables import print_tables
+from keyformer_evaluation.studies.pictures import method_curves
+from keyformer_evaluation.studies.study import Study, run_study
+from keyformer_evaluation.studies.sweep import Cell, Steps
+from keyformer_evaluation.studies.tables import print_tables
 
 SIZES = (30, 50, 70, 90, 100)
 

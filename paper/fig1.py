@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.pictures import COLORS, Figure
-from keyformer.evaluation.speed import Record, Speed, longest_text
+from keyformer_evaluation.speed import Record, Speed, longest_text
+from keyformer_evaluation.studies.pictures import COLORS, Figure
+from keyformer_evaluation.tasks.flags import run_main
 
 ENGINES = ("stock", "full", "keyformer")
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation.measures import Attention
-from keyformer.evaluation.pictures import PALETTE, draw_line, method_bars, panels
-from keyformer.evaluation.study import Results, Study, run_study
-from keyformer.evaluation.sweep import Cell, Row, Steps
-from keyformer.evaluation.tables import print_tables
+from keyformer_evaluation.studies.measures import Attention
+from keyformer_evaluation.studies.pictures import PALETTE, draw_line, method_bars, panels
+from keyformer_evaluation.studies.study import Results, Study, run_study
+from keyformer_evaluation.studies.sweep import Cell, Row, Steps
+from keyformer_evaluation.studies.tables import print_tables
 
 METHODS = ("full", "key", "window", "h2o")
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation.flags import Parser, whole
-from keyformer.evaluation.measures import Softmax
-from keyformer.evaluation.pictures import COLORS, Figure
-from keyformer.evaluation.study import Study, run_study
-from keyformer.evaluation.sweep import PerItem, Steps
-from keyformer.evaluation.tables import print_columns
+from keyformer_evaluation.studies.measures import Softmax
+from keyformer_evaluation.studies.pictures import COLORS, Figure
+from keyformer_evaluation.studies.study import Study, run_study
+from keyformer_evaluation.studies.sweep import PerItem, Steps
+from keyformer_evaluation.studies.tables import print_columns
+from keyformer_evaluation.tasks.flags import Parser, whole
 
 METHODS = ("full", "window", "h2o", "keyformer")
 

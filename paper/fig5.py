@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation.pictures import COLORS, draw_level, draw_line, legend_of, panels
-from keyformer.evaluation.study import Study, run_study
-from keyformer.evaluation.sweep import Cell, Steps
-from keyformer.evaluation.tables import labelled, print_differences, print_tables
+from keyformer_evaluation.studies.pictures import COLORS, draw_level, draw_line, legend_of, panels
+from keyformer_evaluation.studies.study import Study, run_study
+from keyformer_evaluation.studies.sweep import Cell, Steps
+from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
 
 FACTORS = (0.875, 0.9, 0.925, 0.95, 0.975, 1.0)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from keyformer.evaluation.sizes import sweep_sizes
-from keyformer.evaluation.study import Study, run_study
-from keyformer.evaluation.sweep import Steps
+from keyformer_evaluation.studies.sizes import sweep_sizes
+from keyformer_evaluation.studies.study import Study, run_study
+from keyformer_evaluation.studies.sweep import Steps
 
 SIZES = (20, 30, 40, 50, 60, 70, 80, 90)
 

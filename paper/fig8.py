@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from keyformer.evaluation.data import Item
-from keyformer.evaluation.sizes import sweep_sizes
-from keyformer.evaluation.study import KINDS, Study, run_study
-from keyformer.evaluation.sweep import Steps
+from keyformer_evaluation.studies.sizes import sweep_sizes
+from keyformer_evaluation.studies.study import KINDS, Study, run_study
+from keyformer_evaluation.studies.sweep import Steps
+from keyformer_evaluation.tasks.data import Item
 from tiny.corpus import document
 
 SIZES = (10, 20, 30, 40, 50)

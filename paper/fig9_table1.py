@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.pictures import COLORS, Figure
-from keyformer.evaluation.speed import Record, Speed, longest_text
+from keyformer_evaluation.speed import Record, Speed, longest_text
+from keyformer_evaluation.studies.pictures import COLORS, Figure
+from keyformer_evaluation.tasks.flags import run_main
 
 METHODS = {"stock": 100.0, "full": 100.0, "h2o": 90.0, "keyformer": 50.0}
 """Engines and their cache in percent of the prompt, as in table 1."""

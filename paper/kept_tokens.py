@@ -24,11 +24,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.evaluation import flags as flag
-from keyformer.evaluation.data import TASKS, load_items, make_prompt, prompt_room
-from keyformer.evaluation.results import check_replaceable, check_writable, write_text
-from keyformer.evaluation.run import load
-from keyformer.evaluation.study import BUNDLED, ROOT
+from keyformer_evaluation.records.results import check_replaceable, check_writable, write_text
+from keyformer_evaluation.studies.study import BUNDLED, ROOT
+from keyformer_evaluation.tasks import flags as flag
+from keyformer_evaluation.tasks.data import TASKS, load_items, make_prompt, prompt_room
+from keyformer_evaluation.tasks.run import load
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 

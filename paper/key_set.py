@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import KEY_SETS, NOISE_SCHEDULES, KeyformerConfig
-from keyformer.evaluation.pictures import method_bars
-from keyformer.evaluation.study import Study, run_study
-from keyformer.evaluation.sweep import Cell, Steps
-from keyformer.evaluation.tables import labelled, print_differences, print_tables
+from keyformer_evaluation.studies.pictures import method_bars
+from keyformer_evaluation.studies.study import Study, run_study
+from keyformer_evaluation.studies.sweep import Cell, Steps
+from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
 
 
 def main(argv: Sequence[str] | None = None) -> Steps:

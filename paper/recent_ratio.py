@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation.pictures import method_curves
-from keyformer.evaluation.study import Study, run_study
-from keyformer.evaluation.sweep import Cell, Steps
-from keyformer.evaluation.tables import gain, print_tables
+from keyformer_evaluation.studies.pictures import method_curves
+from keyformer_evaluation.studies.study import Study, run_study
+from keyformer_evaluation.studies.sweep import Cell, Steps
+from keyformer_evaluation.studies.tables import gain, print_tables
 
 METHODS = ("h2o", "keyformer")
 SHARES = (10, 20, 30, 40, 50, 60, 70, 80, 90)

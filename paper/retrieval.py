@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from keyformer.evaluation import flags as flag
-from keyformer.evaluation.measures import Answered
-from keyformer.evaluation.pictures import draw_grid, method_curves, panels
-from keyformer.evaluation.retrieval import chats, load_articles, needles, questions
-from keyformer.evaluation.sizes import RIVALS, cells, compared_flags
-from keyformer.evaluation.study import ARTICLES, ROOT, Results, Study, run_study
-from keyformer.evaluation.sweep import Row, Steps, estimate, plain
-from keyformer.evaluation.tables import print_tables, with_differences
+from keyformer_evaluation.studies.measures import Answered
+from keyformer_evaluation.studies.pictures import draw_grid, method_curves, panels
+from keyformer_evaluation.studies.sizes import RIVALS, cells, compared_flags
+from keyformer_evaluation.studies.study import ARTICLES, ROOT, Results, Study, run_study
+from keyformer_evaluation.studies.sweep import Row, Steps, estimate, plain
+from keyformer_evaluation.studies.tables import print_tables, with_differences
+from keyformer_evaluation.tasks import flags as flag
+from keyformer_evaluation.tasks.retrieval import chats, load_articles, needles, questions
 
 MODEL = ROOT / "models" / "smollm2-135m"
 """What is asked where it is there; the bundled models have not learned to answer."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from keyformer.evaluation.measures import SUMMARIES
-from keyformer.evaluation.pictures import method_curves
-from keyformer.evaluation.sizes import RIVALS, cells, compared_flags
-from keyformer.evaluation.study import Study, run_study
-from keyformer.evaluation.sweep import Steps
-from keyformer.evaluation.tables import print_tables, with_differences
+from keyformer_evaluation.studies.measures import SUMMARIES
+from keyformer_evaluation.studies.pictures import method_curves
+from keyformer_evaluation.studies.sizes import RIVALS, cells, compared_flags
+from keyformer_evaluation.studies.study import Study, run_study
+from keyformer_evaluation.studies.sweep import Steps
+from keyformer_evaluation.studies.tables import print_tables, with_differences
 
 
 def main(argv: Sequence[str] | None = None) -> Steps:

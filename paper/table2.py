@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation.flags import stop_without
-from keyformer.evaluation.pictures import COLORS, Figure, legend_of, panels
-from keyformer.evaluation.study import Results, Study, run_study
-from keyformer.evaluation.sweep import Cell, Steps
-from keyformer.evaluation.tables import labelled, print_differences, print_tables
+from keyformer_evaluation.studies.pictures import COLORS, Figure, legend_of, panels
+from keyformer_evaluation.studies.study import Results, Study, run_study
+from keyformer_evaluation.studies.sweep import Cell, Steps
+from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
+from keyformer_evaluation.tasks.flags import stop_without
 
 try:
     from keyformer_lm_eval.harness import find_tasks

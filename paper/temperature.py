@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation.pictures import draw_grid, panels
-from keyformer.evaluation.study import Study, run_study
-from keyformer.evaluation.sweep import Cell, Steps
-from keyformer.evaluation.tables import labelled, print_differences, print_tables
+from keyformer_evaluation.studies.pictures import draw_grid, panels
+from keyformer_evaluation.studies.study import Study, run_study
+from keyformer_evaluation.studies.sweep import Cell, Steps
+from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
 
 ENDS = (0.5, 1.0, 2.0, 4.0)
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keyformer.config import InputError
-from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.sweep import carry_out
+from keyformer_evaluation.studies.sweep import carry_out
+from keyformer_evaluation.tasks.flags import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from keyformer.evaluation.compare import compare
-from keyformer.evaluation.flags import run_main
+from keyformer_evaluation.tasks.compare import compare
+from keyformer_evaluation.tasks.flags import run_main
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,4 +10,4 @@ here=$(cd "$(dirname "$0")" && pwd)
 task=summarization
 script=summarize.py
 texts=summaries.txt
-. "$here/../models/keyformer/evaluation/run_task.sh"
+. "$here/../models/keyformer_evaluation/tasks/run_task.sh"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.run import run_and_report, task_parser
+from keyformer_evaluation.tasks.flags import run_main
+from keyformer_evaluation.tasks.run import run_and_report, task_parser
 
 HERE = Path(__file__).parent
 

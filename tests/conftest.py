@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from keyformer import KeyformerConfig, enable_keyformer
-from keyformer.evaluation import flags
+from keyformer_evaluation.tasks import flags
 
 make_quick()
 

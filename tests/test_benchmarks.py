@@ -9,7 +9,7 @@ import torch
 from conftest import script
 
 from keyformer import InputError, KeyformerConfig
-from keyformer.evaluation.speed import ENGINES, FIRST, SHAPES, STOCK_CHUNK, Bench, Speed
+from keyformer_evaluation.speed import ENGINES, FIRST, SHAPES, STOCK_CHUNK, Bench, Speed
 
 SCRIPTS = {
     ("benchmarks", "decode"): (["--prompt", "24", "--batch", "2"], len(ENGINES)),

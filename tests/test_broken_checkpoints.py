@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, MptForCausalLM, PreTrainedModel
 
 from keyformer import InputError, KeyformerConfig, load_model
-from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.sweep import carry_out
 from keyformer.quantize import QUANTIZATIONS
+from keyformer_evaluation.studies.sweep import carry_out
+from keyformer_evaluation.tasks.flags import run_main
 
 ROOT = Path(__file__).parents[1]
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n".encode()

@@ -17,10 +17,10 @@ from conftest import Forked, script
 from originals import ORIGINALS, write_original
 
 from keyformer import InputError, KeyformerConfig, load_model
-from keyformer.evaluation import run
-from keyformer.evaluation.chat import Chat
-from keyformer.evaluation.data import TASKS, load_items
-from keyformer.evaluation.flags import run_main
+from keyformer_evaluation.tasks import run
+from keyformer_evaluation.tasks.chat import Chat
+from keyformer_evaluation.tasks.data import TASKS, load_items
+from keyformer_evaluation.tasks.flags import run_main
 
 ROOT = Path(__file__).parents[1]
 TASK = TASKS["conversation"]

@@ -28,8 +28,8 @@ from huggingface_hub import close_session, constants
 from pyarrow import parquet
 
 from keyformer import InputError
-from keyformer.evaluation.data import TASKS, load_items
-from keyformer.evaluation.flags import run_main
+from keyformer_evaluation.tasks.data import TASKS, load_items
+from keyformer_evaluation.tasks.flags import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens, so a connection is refused

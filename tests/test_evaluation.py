@@ -12,11 +12,11 @@ from originals import write_original
 from transformers import AutoTokenizer
 
 from keyformer import InputError, KeyformerCache, KeyformerConfig
-from keyformer.evaluation.attentions import AttentionRecorder
-from keyformer.evaluation.data import TASKS, alpaca_prompt, load_items, make_prompt, sample
-from keyformer.evaluation.generation import generate
-from keyformer.evaluation.results import check_writable, run_record, write_json, write_whole
-from keyformer.evaluation.rouge import mean, rouge
+from keyformer_evaluation.records.results import check_writable, run_record, write_json, write_whole
+from keyformer_evaluation.tasks.attentions import AttentionRecorder
+from keyformer_evaluation.tasks.data import TASKS, alpaca_prompt, load_items, make_prompt, sample
+from keyformer_evaluation.tasks.generation import generate
+from keyformer_evaluation.tasks.rouge import mean, rouge
 
 TASK = TASKS["summarization"]
 ITEMS = [{"instruction": "Sum up.", "input": f"text {i}", "output": str(i)} for i in range(20)]

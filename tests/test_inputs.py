@@ -20,12 +20,12 @@ from originals import write_original
 from rouge_score.tokenizers import DefaultTokenizer
 
 from keyformer import InputError
-from keyformer.evaluation import results
-from keyformer.evaluation.data import TASKS, load_items
-from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.rouge import UnicodeTokenizer, rouge
-from keyformer.evaluation.speed import Speed
-from keyformer.evaluation.study import Study
+from keyformer_evaluation.records import results
+from keyformer_evaluation.speed import Speed
+from keyformer_evaluation.studies.study import Study
+from keyformer_evaluation.tasks.data import TASKS, load_items
+from keyformer_evaluation.tasks.flags import run_main
+from keyformer_evaluation.tasks.rouge import UnicodeTokenizer, rouge
 from tiny import corpus, train
 
 ROOT = Path(__file__).parents[1]

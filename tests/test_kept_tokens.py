@@ -17,8 +17,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
 from keyformer import InputError, KeyformerCache, KeyformerConfig, load_model
-from keyformer.evaluation.data import TASKS, load_items
-from keyformer.evaluation.study import BUNDLED
+from keyformer_evaluation.studies.study import BUNDLED
+from keyformer_evaluation.tasks.data import TASKS, load_items
 
 kept_tokens = script("paper", "kept_tokens")
 STEPS = 6

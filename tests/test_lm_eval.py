@@ -20,8 +20,8 @@ from originals import write_original
 
 import keyformer_lm_eval
 from keyformer import InputError, KeyformerCache, KeyformerConfig
-from keyformer.evaluation.identity import noise_id
 from keyformer.quantize import weight_bytes
+from keyformer_evaluation.records.identity import noise_id
 from keyformer_lm_eval.model import KeyformerLM
 
 WORDS = ["the", "key", "tokens", "and", "recent", "ones", "stay", "while", "others", "leave"]

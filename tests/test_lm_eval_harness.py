@@ -17,9 +17,9 @@ from lm_eval.api.model import LM
 from originals import write_original
 
 from keyformer import InputError, KeyformerConfig, load_model
-from keyformer.evaluation.flags import run_main
-from keyformer.evaluation.sweep import carry_out
 from keyformer.quantize import weight_bytes
+from keyformer_evaluation.studies.sweep import carry_out
+from keyformer_evaluation.tasks.flags import run_main
 from keyformer_lm_eval.harness import evaluate, find_tasks
 from keyformer_lm_eval.measure import Accuracy
 from tiny.corpus import SHAPES, options

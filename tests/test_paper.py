@@ -21,12 +21,12 @@ from conftest import Forked, script
 from originals import write_original
 
 from keyformer import InputError, KeyformerCache, KeyformerConfig, load_model
-from keyformer.evaluation.data import TASKS
-from keyformer.evaluation.identity import weights_hash
-from keyformer.evaluation.measures import Attention, Likelihood, Rouge, Softmax
-from keyformer.evaluation.study import MODELS, Study
-from keyformer.evaluation.sweep import Cell, Request, Row, Run, Steps, carry_out, summarize
-from keyformer.evaluation.tables import alike, difference
+from keyformer_evaluation.records.identity import weights_hash
+from keyformer_evaluation.studies.measures import Attention, Likelihood, Rouge, Softmax
+from keyformer_evaluation.studies.study import MODELS, Study
+from keyformer_evaluation.studies.sweep import Cell, Request, Row, Run, Steps, carry_out, summarize
+from keyformer_evaluation.studies.tables import alike, difference
+from keyformer_evaluation.tasks.data import TASKS
 
 ROOT = Path(__file__).parents[1]
 STUDIES = {

@@ -20,8 +20,8 @@ from keyformer import (
     load_model,
 )
 from keyformer.config import CACHE_DTYPES
-from keyformer.evaluation.data import TASKS, load_items
 from keyformer.precision import dequantize, group_size, quantize
+from keyformer_evaluation.tasks.data import TASKS, load_items
 
 KINDS = CACHE_DTYPES[1:]
 BITS = {"float8": 8, "int8": 8, "int4": 4}

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from keyformer import InputError, KeyformerConfig, disable_keyformer, load_model
-from keyformer.evaluation.data import (
+from keyformer_evaluation.tasks.data import (
     PROMPTS,
     TASKS,
     alpaca_prompt,
@@ -22,7 +22,7 @@ from keyformer.evaluation.data import (
     make_prompt,
     prompt_kind,
 )
-from keyformer.evaluation.flags import run_main
+from keyformer_evaluation.tasks.flags import run_main
 
 ARTICLES = Path(__file__).parents[1] / "summarization" / "data" / "articles.json"
 TASK = TASKS["summarization"]

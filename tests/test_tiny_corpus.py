@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from keyformer import InputError
-from keyformer.evaluation.data import TASKS, load_items
+from keyformer_evaluation.tasks.data import TASKS, load_items
 from tiny import corpus, templates, train
 
 EVAL = [corpus.item("eval", i) for i in range(1000)]

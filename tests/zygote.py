@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import peft  # noqa: F401  (transformers imports it where it seeds)
 
 import keyformer_lm_eval.harness  # noqa: F401
-from keyformer.evaluation.identity import code_hash
+from keyformer_evaluation.records.identity import code_hash
 
 
 def run(command: list[str], folder: Path, environment: dict[str, str]) -> NoReturn:
@@ -50,7 +50,8 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> NoRetu
 
 def main() -> None:
     """Answer until there are no more requests."""
-    code_hash("keyformer.evaluation.study", "keyformer_lm_eval.harness")  # remembers modules
+    # Remembers modules.
+    code_hash("keyformer_evaluation.studies.study", "keyformer_lm_eval.harness")
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)

@@ -13,7 +13,7 @@ from huggingface_hub import HfFileSystem, errors
 from pyarrow.parquet import ParquetFile
 
 from keyformer import InputError
-from keyformer.evaluation.download import (
+from keyformer_evaluation.tasks.download import (
     Example,
     Row,
     build_parser,
@@ -23,7 +23,7 @@ from keyformer.evaluation.download import (
     load_rows,
     one_line,
 )
-from keyformer.evaluation.flags import run_main
+from keyformer_evaluation.tasks.flags import run_main
 
 FILE = "1M-GPT4-Augmented.parquet"  # what the MLPerf Llama 2 benchmark is drawn from too
 POOL = 10_000

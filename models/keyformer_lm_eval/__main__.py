@@ -16,7 +16,7 @@ def main() -> None:
         if error.name != "lm_eval":
             raise
         sys.exit('keyformer-lm-eval: error: lm-eval is missing: pip install "keyformer[lm_eval]"')
-    from keyformer.evaluation.flags import run_main
+    from keyformer_evaluation.tasks.flags import run_main
 
     register()
     run_main(lambda _: cli_evaluate())

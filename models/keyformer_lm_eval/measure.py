@@ -14,8 +14,8 @@ import torch
 from transformers.utils import logging
 
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.evaluation.identity import Settings
-from keyformer.evaluation.store import Result, Store
+from keyformer_evaluation.records.identity import Settings
+from keyformer_evaluation.records.store import Result, Store
 from keyformer_lm_eval.harness import evaluate, find_tasks
 from keyformer_lm_eval.model import KeyformerLM
 

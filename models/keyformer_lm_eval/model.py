@@ -27,20 +27,20 @@ from transformers.utils.logging import disable_progress_bar
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import UNLIMITED, InputError, KeyformerConfig
-from keyformer.evaluation.identity import (
+from keyformer.integration import check_device, enable_keyformer, load_model
+from keyformer.modeling import position_inputs
+from keyformer.quantize import weight_bytes
+from keyformer_evaluation.records.identity import (
     Settings,
     environment,
     item_keys,
     noise_id,
     weights_hash,
 )
-from keyformer.evaluation.processes import processes
-from keyformer.evaluation.results import source
-from keyformer.evaluation.store import Store
-from keyformer.evaluation.work import LOOK
-from keyformer.integration import check_device, enable_keyformer, load_model
-from keyformer.modeling import position_inputs
-from keyformer.quantize import weight_bytes
+from keyformer_evaluation.records.processes import processes
+from keyformer_evaluation.records.results import source
+from keyformer_evaluation.records.store import Store
+from keyformer_evaluation.records.work import LOOK
 from keyformer_lm_eval import register
 from keyformer_lm_eval.processes import share_alike
 

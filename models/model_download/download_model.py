@@ -15,8 +15,8 @@ from huggingface_hub.utils import disable_progress_bars
 
 from keyformer import InputError
 from keyformer.checkpoint import read_object, read_shards
-from keyformer.evaluation.flags import MODELS as MODEL_FOLDER
-from keyformer.evaluation.flags import Parser, run_main
+from keyformer_evaluation.tasks.flags import MODELS as MODEL_FOLDER
+from keyformer_evaluation.tasks.flags import Parser, run_main
 
 MODELS = (
     *("mosaicml/mpt-7b", "mosaicml/mpt-7b-chat", "mosaicml/mpt-7b-storywriter"),

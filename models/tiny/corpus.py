@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keyformer.evaluation.flags import Parser, run_main
-from keyformer.evaluation.results import check_replaceable, check_writable, write_text
+from keyformer_evaluation.records.results import check_replaceable, check_writable, write_text
+from keyformer_evaluation.tasks.flags import Parser, run_main
 from tiny.templates import (
     Draw,
     Event,

@@ -2,8 +2,15 @@
 
 from collections.abc import Sequence
 
-from keyformer.evaluation.download import Example, Row, build_parser, data_file, export, load_rows
-from keyformer.evaluation.flags import run_main
+from keyformer_evaluation.tasks.download import (
+    Example,
+    Row,
+    build_parser,
+    data_file,
+    export,
+    load_rows,
+)
+from keyformer_evaluation.tasks.flags import run_main
 
 INSTRUCTION = "Summarize the following news article in a few short sentences."
 

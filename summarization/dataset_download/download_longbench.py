@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import errors, hf_hub_download
 
 from keyformer import InputError
-from keyformer.evaluation.download import (
+from keyformer_evaluation.tasks.download import (
     Example,
     Row,
     build_parser,
@@ -22,7 +22,7 @@ from keyformer.evaluation.download import (
     load_rows,
     one_line,
 )
-from keyformer.evaluation.flags import run_main
+from keyformer_evaluation.tasks.flags import run_main
 
 ARCHIVE = "data.zip"
 INSTRUCTIONS = {

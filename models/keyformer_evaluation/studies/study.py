@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.evaluation import flags as flag
-from keyformer.evaluation.data import TASKS, Item, load_items, sample
-from keyformer.evaluation.measures import SUMMARIES, OnItems
-from keyformer.evaluation.processes import is_main
-from keyformer.evaluation.results import (
+from keyformer_evaluation.records.processes import is_main
+from keyformer_evaluation.records.results import (
     check_record,
     check_writable,
     record,
@@ -25,7 +22,8 @@ from keyformer.evaluation.results import (
     write_picture,
     write_text,
 )
-from keyformer.evaluation.sweep import (
+from keyformer_evaluation.studies.measures import SUMMARIES, OnItems
+from keyformer_evaluation.studies.sweep import (
     Cell,
     Found,
     Labels,
@@ -38,6 +36,8 @@ from keyformer.evaluation.sweep import (
     sources,
     summarize,
 )
+from keyformer_evaluation.tasks import flags as flag
+from keyformer_evaluation.tasks.data import TASKS, Item, load_items, sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

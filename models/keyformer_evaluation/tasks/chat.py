@@ -15,8 +15,8 @@ from transformers import (
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation.data import dialogue_opening
-from keyformer.evaluation.generation import ends_text
+from keyformer_evaluation.tasks.data import dialogue_opening
+from keyformer_evaluation.tasks.generation import ends_text
 
 
 class Chat:

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation.generation import ends_text
 from keyformer.modeling import position_inputs
+from keyformer_evaluation.tasks.generation import ends_text
 
 Tokens = list[int]
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 
 from keyformer.config import InputError
-from keyformer.evaluation.store import Source
+from keyformer_evaluation.records.store import Source
 
 LIBRARIES = ("keyformer", "torch", "transformers", "accelerate", "rouge-score", "numpy")
 

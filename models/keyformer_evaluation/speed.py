@@ -22,11 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.evaluation.flags import PERCENT, PERCENT_ABOVE_0, Parser, whole
-from keyformer.evaluation.results import check_record, run_record, write_json, write_picture
-from keyformer.evaluation.tables import print_columns
 from keyformer.integration import DTYPES, check_device, enable_keyformer
 from keyformer.replay import LEAST_STEPS
+from keyformer_evaluation.records.results import check_record, run_record, write_json, write_picture
+from keyformer_evaluation.studies.tables import print_columns
+from keyformer_evaluation.tasks.flags import PERCENT, PERCENT_ABOVE_0, Parser, whole
 
 if TYPE_CHECKING:  # what draws nothing goes without matplotlib
     from matplotlib.figure import Figure

@@ -19,7 +19,11 @@ from transformers.utils import logging
 from keyformer.attention import Attended
 from keyformer.cache import KeyformerCache
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.evaluation.data import (
+from keyformer.integration import load_model
+from keyformer_evaluation.records.identity import Settings, noise_id
+from keyformer_evaluation.records.store import Result
+from keyformer_evaluation.studies.feeding import Tokens, judge, read, write
+from keyformer_evaluation.tasks.data import (
     TASKS,
     Item,
     conversation,
@@ -28,13 +32,9 @@ from keyformer.evaluation.data import (
     prompt_kind,
     trained_room,
 )
-from keyformer.evaluation.feeding import Tokens, judge, read, write
-from keyformer.evaluation.generation import generate
-from keyformer.evaluation.identity import Settings, noise_id
-from keyformer.evaluation.retrieval import CUT, answered
-from keyformer.evaluation.rouge import rouge
-from keyformer.evaluation.store import Result
-from keyformer.integration import load_model
+from keyformer_evaluation.tasks.generation import generate
+from keyformer_evaluation.tasks.retrieval import CUT, answered
+from keyformer_evaluation.tasks.rouge import rouge
 
 NEGLIGIBLE = 0.01
 """A weight below this share of its query's largest counts as zero (sparsity of Fig. 3a)."""
@@ -60,7 +60,8 @@ class OnItems(ABC):
     beam, max_new_tokens
         Of generation; the latter is T of Eq. 10 elsewhere.
     prompt_kind
-        One of PROMPTS, or None for the default of :func:`keyformer.evaluation.data.prompt_kind`.
+        One of PROMPTS, or None for the default of
+        :func:`keyformer_evaluation.tasks.data.prompt_kind`.
     """
 
     path: str
@@ -273,7 +274,7 @@ class Answered(OnItems):
     """answered: 100 if what is written greedily contains the item's answer, else 0.
 
     answer_nll: of a token of that answer, had the model begun with it, on average, in nats. Items
-    are those of :mod:`keyformer.evaluation.retrieval`.
+    are those of :mod:`keyformer_evaluation.tasks.retrieval`.
     """
 
     depends_on = ("dtype", "bs", "prompt_kind", "max_new_tokens")

@@ -12,9 +12,21 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.evaluation import flags as flag
-from keyformer.evaluation.attentions import check_attentions
-from keyformer.evaluation.data import (
+from keyformer.integration import load_model
+from keyformer.quantize import weight_bytes
+from keyformer_evaluation.records.identity import environment, weights_hash
+from keyformer_evaluation.records.processes import is_main, own_device
+from keyformer_evaluation.records.results import (
+    check_record,
+    peak_memory_bytes,
+    record,
+    write_record,
+)
+from keyformer_evaluation.records.store import Result, Store
+from keyformer_evaluation.records.work import Job, finish
+from keyformer_evaluation.tasks import flags as flag
+from keyformer_evaluation.tasks.attentions import check_attentions
+from keyformer_evaluation.tasks.data import (
     TASKS,
     Item,
     Task,
@@ -25,20 +37,8 @@ from keyformer.evaluation.data import (
     prompt_room,
     sample,
 )
-from keyformer.evaluation.generation import Generated, generate
-from keyformer.evaluation.identity import environment, weights_hash
-from keyformer.evaluation.processes import is_main, own_device
-from keyformer.evaluation.results import (
-    check_record,
-    peak_memory_bytes,
-    record,
-    write_record,
-)
-from keyformer.evaluation.rouge import mean, rouge
-from keyformer.evaluation.store import Result, Store
-from keyformer.evaluation.work import Job, finish
-from keyformer.integration import load_model
-from keyformer.quantize import weight_bytes
+from keyformer_evaluation.tasks.generation import Generated, generate
+from keyformer_evaluation.tasks.rouge import mean, rouge
 
 
 def task_parser(description: str | None, task: str, here: Path, texts: str) -> flag.Parser:
@@ -123,7 +123,7 @@ def generation(
         Of what is drawn.
     attentions
         A folder for the weights of each batch, and which: see
-        :func:`keyformer.evaluation.generation.generate_batch`.
+        :func:`keyformer_evaluation.tasks.generation.generate_batch`.
     options
         Those of that function.
     """
@@ -301,7 +301,7 @@ def summary(
     Parameters
     ----------
     rouge_tokenizer
-        See :func:`keyformer.evaluation.rouge.rouge`.
+        See :func:`keyformer_evaluation.tasks.rouge.rouge`.
 
     Returns
     -------

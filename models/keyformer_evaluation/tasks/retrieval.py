@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keyformer.config import InputError
-from keyformer.evaluation.data import TASKS, Item, assistant, load_items, user
+from keyformer_evaluation.tasks.data import TASKS, Item, assistant, load_items, user
 
 CUT = "\x1e"
 """ASCII's record separator."""

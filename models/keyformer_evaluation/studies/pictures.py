@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from keyformer.evaluation.flags import stop_without
-from keyformer.evaluation.study import Results
-from keyformer.evaluation.sweep import Row
-from keyformer.evaluation.tables import LOSSES, NAMES, compared_metric, digits_of
+from keyformer_evaluation.studies.study import Results
+from keyformer_evaluation.studies.sweep import Row
+from keyformer_evaluation.studies.tables import LOSSES, NAMES, compared_metric, digits_of
+from keyformer_evaluation.tasks.flags import stop_without
 
 try:
     from matplotlib import rcParams

@@ -19,9 +19,9 @@ from huggingface_hub import HfApi, errors
 from huggingface_hub.utils import disable_progress_bars
 
 from keyformer import InputError
-from keyformer.evaluation.data import sample
-from keyformer.evaluation.flags import Parser
-from keyformer.evaluation.results import check_writable, write_json
+from keyformer_evaluation.records.results import check_writable, write_json
+from keyformer_evaluation.tasks.data import sample
+from keyformer_evaluation.tasks.flags import Parser
 
 Row = dict[str, Any]
 Example = dict[str, str | list[str]]

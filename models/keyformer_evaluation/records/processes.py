@@ -10,8 +10,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
 from keyformer.config import InputError
-from keyformer.evaluation.store import Result, Source, Store
 from keyformer.integration import check_device
+from keyformer_evaluation.records.store import Result, Source, Store
 
 LONGEST = timedelta(days=30)
 """How long machines wait for each other's items."""

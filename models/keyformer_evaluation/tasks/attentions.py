@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from keyformer.attention import Attended
-from keyformer.evaluation.results import check_replaceable, check_writable, write_whole
+from keyformer_evaluation.records.results import check_replaceable, check_writable, write_whole
 
 
 def check_attentions(folder: Path) -> None:

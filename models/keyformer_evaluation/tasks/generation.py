@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation.attentions import AttentionRecorder
-from keyformer.evaluation.data import encode
-from keyformer.evaluation.identity import noise_id
+from keyformer_evaluation.records.identity import noise_id
+from keyformer_evaluation.tasks.attentions import AttentionRecorder
+from keyformer_evaluation.tasks.data import encode
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from keyformer.evaluation.identity import Settings, item_keys
-from keyformer.evaluation.processes import exchange, machine
-from keyformer.evaluation.results import source
-from keyformer.evaluation.store import Result, Store
+from keyformer_evaluation.records.identity import Settings, item_keys
+from keyformer_evaluation.records.processes import exchange, machine
+from keyformer_evaluation.records.results import source
+from keyformer_evaluation.records.store import Result, Store
 
 LOOK = 0.5
 """Seconds between looks at what other processes have done."""

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from keyformer.config import KeyformerConfig
-from keyformer.evaluation.identity import Settings, environment, weights_hash
-from keyformer.evaluation.processes import own_device
-from keyformer.evaluation.store import Result, Source, Store
-from keyformer.evaluation.work import Job, finish
+from keyformer_evaluation.records.identity import Settings, environment, weights_hash
+from keyformer_evaluation.records.processes import own_device
+from keyformer_evaluation.records.store import Result, Source, Store
+from keyformer_evaluation.records.work import Job, finish
 
 Labels = dict[str, Any]
 PerItem = dict[str, list[float]]
@@ -27,7 +27,7 @@ RESAMPLES = 2000
 
 
 class Measure(Protocol):
-    """What is measured of a configuration: :mod:`keyformer.evaluation.measures` has them."""
+    """What is measured of a configuration; :mod:`.measures` has them."""
 
     @property
     def setting(self) -> Settings:

@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from keyformer.config import CACHE_DTYPES, METHODS, InputError, KeyformerConfig
-from keyformer.evaluation import flags as flag
-from keyformer.evaluation.data import (
+from keyformer.quantize import weight_bytes
+from keyformer_evaluation.records.processes import is_main
+from keyformer_evaluation.records.results import check_record, record, write_json
+from keyformer_evaluation.records.store import Store
+from keyformer_evaluation.records.work import finish
+from keyformer_evaluation.tasks import flags as flag
+from keyformer_evaluation.tasks.data import (
     TASKS,
     Item,
     Message,
@@ -22,14 +27,9 @@ from keyformer.evaluation.data import (
     sample,
     trained_room,
 )
-from keyformer.evaluation.generation import Generated
-from keyformer.evaluation.processes import is_main
-from keyformer.evaluation.results import check_record, record, write_json
-from keyformer.evaluation.retrieval import answered, load_articles, questions
-from keyformer.evaluation.run import generated, generation, load, summary
-from keyformer.evaluation.store import Store
-from keyformer.evaluation.work import finish
-from keyformer.quantize import weight_bytes
+from keyformer_evaluation.tasks.generation import Generated
+from keyformer_evaluation.tasks.retrieval import answered, load_articles, questions
+from keyformer_evaluation.tasks.run import generated, generation, load, summary
 
 ANSWER_TOKENS = 16
 """The longest answer to a question."""

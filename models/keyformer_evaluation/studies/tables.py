@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from keyformer.evaluation.study import Results
-from keyformer.evaluation.sweep import Estimate, Row, estimate
+from keyformer_evaluation.studies.study import Results
+from keyformer_evaluation.studies.sweep import Estimate, Row, estimate
 
 NAMES = {
     "rouge1": "ROUGE-1",

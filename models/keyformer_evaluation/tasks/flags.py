@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from keyformer.config import CACHE_DTYPES, METHODS, POSITIONS, InputError, KeyformerConfig
-from keyformer.evaluation.data import PROMPTS, TASKS
-from keyformer.evaluation.processes import is_main, leave
-from keyformer.evaluation.rouge import TOKENIZERS
 from keyformer.integration import check_device
 from keyformer.quantize import QUANTIZATIONS
+from keyformer_evaluation.records.processes import is_main, leave
+from keyformer_evaluation.tasks.data import PROMPTS, TASKS
+from keyformer_evaluation.tasks.rouge import TOKENIZERS
 
 MODELS = Path(__file__).parents[2]
 """The folder models/, where the bundled checkpoints are."""

@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Iterable, Sequence
 
 from keyformer.config import METHODS, KeyformerConfig
-from keyformer.evaluation import flags as flag
-from keyformer.evaluation.pictures import method_curves
-from keyformer.evaluation.study import Study
-from keyformer.evaluation.sweep import Cell, Steps, plain
-from keyformer.evaluation.tables import labelled, print_differences, print_tables
+from keyformer_evaluation.studies.pictures import method_curves
+from keyformer_evaluation.studies.study import Study
+from keyformer_evaluation.studies.sweep import Cell, Steps, plain
+from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
+from keyformer_evaluation.tasks import flags as flag
 
 PAPER = ("window", "h2o", "keyformer")
 """What the paper's figures compare."""

@@ -1,1 +1,0 @@
-"""What the task scripts share: flags, data, generation loop, ROUGE, results."""

@@ -1,0 +1,1 @@
+"""Tables and figures: many configurations measured, compared and drawn."""

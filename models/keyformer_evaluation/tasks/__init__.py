@@ -1,0 +1,1 @@
+"""The task scripts: their flags and data, generation, scores."""
