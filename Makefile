@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test clean
 
 # On a real model; where its wheel cannot be had (exit code 2), on the smallest that comes along.
-COMPARE = $(BIN)/python summarization/compare.py --methods full keyformer --kv_cache 50 --show 2
+COMPARE = $(BIN)/python summarization/compare.py --methods full keyformer --kv_cache 50 --show 3
 demo: $(VENV)/demo.done
 	@$(BIN)/python models/model_download/download_model.py --model_name smollm2-135m; \
 	case $$? in \

@@ -1,4 +1,4 @@
-"""What is asked for after eviction, which the paper does not test: questions, needles, chats.
+"""What is asked for, which the paper does not test: questions, needles, chats.
 
 Questions about an article, which come with it (``question``) or after it was evicted (``later``);
 a number in one sentence of a haystack made of articles, at many lengths and depths (``needle``);
@@ -14,13 +14,20 @@ from pathlib import Path
 from keyformer_evaluation.studies.measures import Answered
 from keyformer_evaluation.studies.pictures import draw_grid, method_curves, panels
 from keyformer_evaluation.studies.sizes import RIVALS, cells, compared_flags
-from keyformer_evaluation.studies.study import ARTICLES, ROOT, Results, Study, run_study
+from keyformer_evaluation.studies.study import (
+    ARTICLES,
+    BUNDLED_MODELS,
+    ROOT,
+    Results,
+    Study,
+    run_study,
+)
 from keyformer_evaluation.studies.sweep import Row, Steps, estimate, plain
 from keyformer_evaluation.studies.tables import print_tables, with_differences
 from keyformer_evaluation.tasks import flags as flag
 from keyformer_evaluation.tasks.retrieval import chats, load_articles, needles, questions
 
-MODEL = ROOT / "models" / "smollm2-135m"
+REAL = ROOT / "models" / "smollm2-135m"
 """What is asked where it is there; the bundled models have not learned to answer."""
 
 MAPPED = (50, 20)
@@ -32,8 +39,7 @@ Place = tuple[int, float]
 
 def more_flags(parser: flag.Parser) -> None:
     """What is asked, of what."""
-    model = MODEL if MODEL.is_dir() else MODEL.with_name("mpt-tiny-keyformer")
-    parser.set_defaults(model_path=[str(model)], beam=1)
+    parser.set_defaults(beam=1)
     compared_flags(parser)
     flag.prompt_flag(parser)
     parser.add_argument("--articles", type=Path, default=ARTICLES, help="with questions")
@@ -57,7 +63,8 @@ def more_flags(parser: flag.Parser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Ask, print, write."""
-    study = Study("retrieval", __doc__, argv, generates=False, more_flags=more_flags)
+    models = [REAL] if REAL.is_dir() else BUNDLED_MODELS[:1]
+    study = Study("retrieval", __doc__, argv, generates=False, models=models, more_flags=more_flags)
     flags = study.flags
     articles = study.sample("summarization", load_articles(flags.articles))
     places = [(length, depth) for length in flags.lengths for depth in flags.depths]

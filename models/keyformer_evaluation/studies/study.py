@@ -48,7 +48,9 @@ BUNDLED = {
     "conversation": ROOT / "conversation" / "data" / "sample_eval.json",
 }
 ARTICLES = ROOT / "summarization" / "data" / "articles.json"
-MODELS = ("mpt-tiny-keyformer", "gptj-tiny-keyformer", "cerebras-tiny-keyformer")
+BUNDLED_MODELS = tuple(
+    ROOT / "models" / f"{name}-tiny-keyformer" for name in ("mpt", "gptj", "cerebras")
+)
 KINDS = {"summarization": "news", "conversation": "dialogue"}
 """What the bundled models' corpus calls a task's documents."""
 
@@ -75,6 +77,8 @@ class Study:
         Gives a task's documents where there is no --dataset_path; None has the bundled ones.
     generates
         Whether texts are generated for documents; without, there are no flags for either.
+    models
+        What is measured where there is neither --model_path nor --quick.
     measures
         What --measure is by default: one, or several at once; without any there is no such flag.
 
@@ -92,6 +96,7 @@ class Study:
         *,
         items: Callable[[str], list[Item]] | None = None,
         generates: bool = True,
+        models: Sequence[Path] = BUNDLED_MODELS,
         measures: Sequence[str] = ("rouge",),
         more_flags: Callable[[flag.Parser], object] = lambda parser: None,
     ) -> None:
@@ -119,13 +124,12 @@ class Study:
             _generation_flags(parser, measures)
         more_flags(parser)
         flags = parser.parse_args(self.argv)
-        bundled = [str(ROOT / "models" / model) for model in MODELS]
         if flags.quick:
-            bundled, flags.seeds = bundled[:1], flags.seeds[:1]
+            models, flags.seeds = BUNDLED_MODELS[:1], flags.seeds[:1]
             flags.n_obs = flags.n_obs or QUICK["n_obs"]
             if generates:
                 flags.max_new_tokens = flags.max_new_tokens or QUICK["max_new_tokens"]
-        flags.model_path = flags.model_path or bundled
+        flags.model_path = flags.model_path or [*map(str, models)]
         flags.out = flags.out or ROOT / "paper" / "results" / ("quick" if flags.quick else "local")
         flags.store = flags.store or flags.out / "measured.sqlite"
         self.flags = flags

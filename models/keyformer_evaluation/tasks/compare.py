@@ -21,6 +21,7 @@ from keyformer_evaluation.tasks.data import (
     Message,
     Task,
     conversation,
+    encode,
     load_items,
     make_prompt,
     prompt_kind,
@@ -70,8 +71,20 @@ def compare(
     room = trained_room(model, flags.max_new_tokens)
     kind = prompt_kind(flags.prompt, tokenizer)
     asked = questions_of(items) if flags.questions else []
+    names = [
+        name_of(method, config, seed if len(flags.seeds) > 1 else None)
+        for method, seed, config in settings
+    ]
     prompts = [make_prompt(item, task, tokenizer, room, kind) for item in items]
     asking = [conversation(question.messages, tokenizer, kind) for question in asked]
+    answer_room = trained_room(model, ANSWER_TOKENS)
+    for question, prompt in zip(asked, asking, strict=True):
+        tokens = len(encode(tokenizer, prompt)["input_ids"])
+        if answer_room is not None and tokens > answer_room:
+            raise InputError(
+                f"item {numbers[question.item]} with a question has {tokens} tokens, and the"
+                f" model's positions leave room for {answer_room}: leave out --questions"
+            )
     texts, answers = (
         [
             generation(
@@ -106,10 +119,6 @@ def compare(
             figures |= {"questions": len(right), "answered": sum(right)}
         results.append({**row, "config": asdict(config), **figures})
     if is_main() and common:
-        names = [
-            method if method == "full" else f"{method} {config.kv_cache:g} %"
-            for method, _, config in settings
-        ]
         for item in common[: flags.show]:
             print(f"\nitem {numbers[item]}\n  reference: {_line(task.reference(items[item]))}")
             print_texts(names, [of[item] for of in found])
@@ -129,6 +138,12 @@ def compare(
         write_json(flags.record, {**described, **record(sources), "rows": results})
     if stopped is not None:
         raise stopped
+
+
+def name_of(method: str, config: KeyformerConfig, seed: int | None) -> str:
+    """What tells a run from others, its seed where it draws with several."""
+    size = "" if method == "full" else f" {config.kv_cache:g} %"
+    return f"{method}{size}" + (f", seed {seed}" if seed is not None and config.draws_noise else "")
 
 
 def chosen(count: int, flags: argparse.Namespace) -> list[int]:

@@ -343,12 +343,22 @@ def trained_room(model: PreTrainedModel, max_new_tokens: int) -> int | None:
     """As :func:`prompt_room`, within the positions a model was trained with where it says so.
 
     Rotations go on beyond those, and models write nonsense there.
+
+    Raises
+    ------
+    InputError
+        If there is no room for a prompt.
     """
     trained = getattr(model.config, "max_position_embeddings", None)
     room = prompt_room(model, max_new_tokens)
-    if room is None and trained is not None:
-        return max(1, trained - max_new_tokens + 1)
-    return room
+    if room is not None or trained is None:
+        return room
+    if max_new_tokens > trained:
+        raise InputError(
+            f"max_new_tokens must be at most the {trained} positions that the model was trained"
+            f" with, got {max_new_tokens}"
+        )
+    return trained - max_new_tokens + 1
 
 
 def prompt_kind(asked: str | None, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keyformer.config import InputError
-from keyformer_evaluation.tasks.data import TASKS, Item, assistant, load_items, user
+from keyformer_evaluation.tasks.data import TASKS, Item, assistant, is_text, load_items, user
 
 CUT = "\x1e"
 """ASCII's record separator."""
@@ -40,10 +40,10 @@ def load_articles(path: Path) -> list[Item]:
         for one in asked if isinstance(asked, list) and asked else [None]:
             given = one if isinstance(one, dict) else {}
             texts += [given.get("question"), given.get("answer")]
-        if not all(isinstance(text, str) for text in texts):
+        if not all(isinstance(text, str) and is_text(text) and _words(text) for text in texts):
             raise InputError(
                 f"{path}: item {index} is no article with questions: it needs 'questions', a"
-                " list of objects with 'question' and 'answer'"
+                " list of objects with 'question' and 'answer', texts with a word in them"
             )
     return articles
 
@@ -81,11 +81,11 @@ def needles(articles: Sequence[Item], words: int, depth: float, count: int) -> l
     depth
         Where the needle is, in percent of the haystack's sentences.
     count
-        How many; each has a haystack, a number and an object of its own.
+        How many; for each haystack, number and object are drawn anew.
     """
     found = []
     for number in range(count):
-        drawn = random.Random(f"{words} {depth} {number}")
+        drawn = random.Random(f"{words} {depth:g} {number}")
         hay: list[str] = []
         start = drawn.randrange(len(articles))
         for more in range(len(articles)):
@@ -141,7 +141,8 @@ def chats(articles: Sequence[Item]) -> list[Item]:
 def answered(text: str, answer: str) -> bool:
     """Whether a text contains an answer, whatever its case and punctuation."""
 
-    def plain(text: str) -> str:
-        return " ".join(re.findall(r"\w+", text.lower()))
+    return f" {_words(answer)} " in f" {_words(text)} "
 
-    return f" {plain(answer)} " in f" {plain(text)} "
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
