@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import script, small_stock
+from families import small_model
 from originals import write_original
 
 from keyformer import InputError, KeyformerConfig, enable_keyformer, load_model
@@ -19,7 +22,15 @@ from keyformer_evaluation.studies.measures import Agreement, Answered, Reference
 from keyformer_evaluation.studies.study import ARTICLES
 from keyformer_evaluation.studies.sweep import Cell, carry_out, summarize
 from keyformer_evaluation.studies.tables import MINUS, with_differences
-from keyformer_evaluation.tasks.data import TASKS, assistant, conversation, load_items, user
+from keyformer_evaluation.tasks.data import (
+    TASKS,
+    assistant,
+    conversation,
+    load_items,
+    prompt_room,
+    trained_room,
+    user,
+)
 from keyformer_evaluation.tasks.retrieval import (
     CUT,
     TURNS,
@@ -30,6 +41,7 @@ from keyformer_evaluation.tasks.retrieval import (
     questions,
 )
 
+ROOT = Path(__file__).parents[1]
 FULL = KeyformerConfig.preset("full")
 CPU = torch.device("cpu")
 
@@ -75,7 +87,8 @@ def test_a_needle_is_where_it_should_be(depth) -> None:
     articles = load_articles(ARTICLES)
     found = needles(articles, 300, depth, 6)
     assert len({item["answer"] for item in found}) == 6
-    assert found == needles(articles, 300, depth, 6) != needles(articles, 300, depth + 0.5, 6)
+    assert found == needles(articles, 300, float(depth), 6)
+    assert found != needles(articles, 300, depth + 0.5, 6)
     for item in found:
         hay, _ = said(item).split("\n\nWhat is the number")
         before, after = hay.split(f" is {item['answer']}.")
@@ -118,7 +131,13 @@ def test_answers_are_looked_for_word_by_word(text, answer, right) -> None:
     assert answered(text, answer) is right
 
 
-@pytest.mark.parametrize("asked", [None, [], [{"question": "Where?"}], ["Where?"], "Where?"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *(None, [], [{"question": "Where?"}], ["Where?"], "Where?"),
+        *([{"question": "Where?", "answer": answer}] for answer in ("", "...", "\ud800")),
+    ],
+)
 def test_articles_without_questions_are_named(tmp_path, asked) -> None:
     path = tmp_path / "articles.json"
     path.write_text(json.dumps([{"article": "A.", "summary": "B.", "questions": asked}]))
@@ -286,3 +305,47 @@ def test_any_study_measures_the_reference(model_path, articles, tmp_path, capsys
     assert "(nats per token, mean of paired differences" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "key_set.json").read_text())
     assert record["measure"] == "reference"
+
+
+def test_prompts_end_where_trained_positions_do() -> None:
+    """Of rotations, which would go on; a table's end is the nearer one."""
+    model = enable_keyformer(small_model("llama", max_position_embeddings=50), FULL)
+    assert prompt_room(model, 20) is None
+    assert trained_room(model, 20) == 31  # the last generated token is not fed back
+    with pytest.raises(InputError, match=r"at most the 50 positions .* got 51"):
+        trained_room(model, 51)
+    table = enable_keyformer(small_model("gpt2"), FULL)
+    assert trained_room(table, 20) == prompt_room(table, 20) is not None
+
+
+@pytest.mark.parametrize(
+    ("flags", "datasets", "says"),
+    [
+        (["--out", "x"], [], "error: the folder of results is RESULTS, not --out"),
+        ([], ["none.json"], "error: DATASETS: there is no file none.json"),
+        ([], ["a.json", "b/a.json"], "error: DATASETS must have different names"),
+        ([], ["a.json"], None),
+    ],
+)
+def test_the_real_models_script_keeps_datasets_apart(flags, datasets, says, tmp_path) -> None:
+    """What it would run, each dataset with a folder of its own; or one line and exit code 2."""
+    (tmp_path / "b").mkdir()
+    for name in ("a.json", "b/a.json"):
+        (tmp_path / name).write_text("[]")
+    script = ROOT / "paper" / "smollm2.sh"
+    results = {"RESULTS": str(tmp_path / "results"), "DATASETS": " ".join(datasets)}
+    ran = subprocess.run(
+        ["bash", str(script), "--bs", "3", *flags],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": "echo", **results},
+        capture_output=True,
+        text=True,
+    )
+    if says is not None:
+        assert ran.returncode == 2 and says in ran.stderr and len(ran.stderr.splitlines()) == 1
+        assert not ran.stdout
+        return
+    first, second = ran.stdout.splitlines()
+    assert first.endswith(f"--out {tmp_path / 'results'} --bs 3")
+    assert f"--dataset_path {tmp_path / 'a.json'} " in second
+    assert second.endswith(f"--out {tmp_path / 'results' / 'a'} --bs 3")

@@ -321,3 +321,17 @@ def test_compare_asks_questions(mpt_path, tmp_path, capsys) -> None:
     data.write_text(json.dumps([{"article": "A.", "summary": "B."}]))
     with pytest.raises(InputError, match="item 0 is no article with questions"):
         compare.main(flags)
+
+
+def test_questions_that_have_no_room_are_named(tmp_path) -> None:
+    """Summaries are cut, questions cannot be; before anything is generated."""
+    path = write_original(tmp_path / "gptj", "gptj", "safetensors")
+    question = {"question": "Where is it?", "answer": "a garden"}
+    items = [{"article": "The key.", "summary": "A key.", "questions": [question]}]
+    items.append({**items[0], "article": "The key is here. " * 1000})
+    data = tmp_path / "articles.json"
+    data.write_text(json.dumps(items))
+    flags = ["--model_path", str(path), "--dataset_path", str(data), "--device", "cpu"]
+    flags += ["--methods", "full", "--max_new_tokens", "2", "--store", str(tmp_path / "store")]
+    with pytest.raises(InputError, match=r"item 1 with a question has .* leave out --questions"):
+        compare.main([*flags, "--questions"])
