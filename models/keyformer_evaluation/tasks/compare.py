@@ -21,7 +21,6 @@ from keyformer_evaluation.tasks.data import (
     Message,
     Task,
     conversation,
-    encode,
     load_items,
     make_prompt,
     prompt_kind,
@@ -30,7 +29,7 @@ from keyformer_evaluation.tasks.data import (
 )
 from keyformer_evaluation.tasks.generation import Generated
 from keyformer_evaluation.tasks.retrieval import answered, load_articles, questions
-from keyformer_evaluation.tasks.run import generated, generation, load, summary
+from keyformer_evaluation.tasks.run import check_lengths, generated, generation, load, summary
 
 ANSWER_TOKENS = 16
 """The longest answer to a question."""
@@ -77,14 +76,10 @@ def compare(
     ]
     prompts = [make_prompt(item, task, tokenizer, room, kind) for item in items]
     asking = [conversation(question.messages, tokenizer, kind) for question in asked]
-    answer_room = trained_room(model, ANSWER_TOKENS)
-    for question, prompt in zip(asked, asking, strict=True):
-        tokens = len(encode(tokenizer, prompt)["input_ids"])
-        if answer_room is not None and tokens > answer_room:
-            raise InputError(
-                f"item {numbers[question.item]} with a question has {tokens} tokens, and the"
-                f" model's positions leave room for {answer_room}: leave out --questions"
-            )
+    whose = [f"item {numbers[question.item]} with a question" for question in asked]
+    if asked:
+        answer_room = trained_room(model, ANSWER_TOKENS)
+        check_lengths(asking, whose, tokenizer, answer_room, "leave out --questions")
     texts, answers = (
         [
             generation(
@@ -115,7 +110,7 @@ def compare(
         some = [items[item] for item in common]
         figures = summary([of[item] for item in common], some, task, flags.rouge_tokenizer)
         if asked:
-            right = [asked[n].answered(of_asked[n].texts[0]) for n in common_asked]
+            right = [answered(of_asked[n].texts[0], asked[n].answer) for n in common_asked]
             figures |= {"questions": len(right), "answered": sum(right)}
         results.append({**row, "config": asdict(config), **figures})
     if is_main() and common:
@@ -180,10 +175,6 @@ class Question:
     text: str
     answer: str
     messages: list[Message]
-
-    def answered(self, text: str) -> bool:
-        """Whether a text has the answer."""
-        return answered(text, self.answer)
 
 
 def questions_of(items: Sequence[Item]) -> list[Question]:

@@ -202,13 +202,17 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     room = prompt_room(model, flags.max_new_tokens, config)
     longest = flags.max_tokenizer_length if room is None else min(flags.max_tokenizer_length, room)
     if flags.no_truncation:
-        check_lengths(items, task, tokenizer, room, kind)
         longest = None
+    prompts = [make_prompt(item, task, tokenizer, longest, kind) for item in items]
+    if flags.no_truncation:
+        names = [f"item {number}" for number in range(len(items))]
+        advice = "leave out --no_truncation, or lower --max_new_tokens"
+        check_lengths(prompts, names, tokenizer, room, advice)
     job = generation(
         flags,
         model,
         tokenizer,
-        [make_prompt(item, task, tokenizer, longest, kind) for item in items],
+        prompts,
         config,
         flags.seed,
         attentions=(
@@ -265,28 +269,36 @@ def generated(job: Job, store: Store) -> dict[int, Generated]:
 
 
 def check_lengths(
-    items: Sequence[Item],
-    task: Task,
+    prompts: Sequence[str],
+    names: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     room: int | None,
-    kind: str | None = None,
+    advice: str,
 ) -> None:
-    """Refuse prompts that a table of positions cannot hold, before anything is generated.
+    """Refuse prompts that the positions cannot hold, before anything is generated.
+
+    Parameters
+    ----------
+    names
+        Whose each prompt is.
+    room
+        Tokens that a prompt may have; None is any.
+    advice
+        What to do about it.
 
     Raises
     ------
     InputError
-        Naming the first item whose prompt has more than ``room`` tokens.
+        Naming the first prompt that has more tokens.
     """
     if room is None:
         return
-    for index, item in enumerate(items):
-        prompt = make_prompt(item, task, tokenizer, kind=kind)
+    for name, prompt in zip(names, prompts, strict=True):
         tokens = len(encode(tokenizer, prompt)["input_ids"])
         if tokens > room:
             raise InputError(
-                f"the prompt of item {index} has {tokens} tokens and the model's positions leave"
-                f" room for {room}: leave out --no_truncation, or lower --max_new_tokens"
+                f"the prompt of {name} has {tokens} tokens and the model's positions leave"
+                f" room for {room}: {advice}"
             )
 
 
