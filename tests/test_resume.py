@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -189,10 +190,13 @@ def test_one_of_two_processes_is_killed(model_path, datasets, tmp_path) -> None:
 
 
 def at_work(launcher: int) -> list[psutil.Process]:
-    """The processes that run the script."""
-    found = psutil.Process(launcher).children(recursive=True)
-    living = (child for child in found if child.status() != psutil.STATUS_ZOMBIE)
-    return [child for child in living if "LOCAL_RANK" in child.environ()]
+    """The processes that run the script; others of the launcher's may end while they are listed."""
+    found = []
+    for child in psutil.Process(launcher).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if "LOCAL_RANK" in child.environ():
+                found.append(child)
+    return found
 
 
 def count(out: Path) -> int:
