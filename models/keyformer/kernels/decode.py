@@ -15,31 +15,17 @@ does so for earlier turns alone.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from keyformer import eviction, kernels
-from keyformer.attention import Tokens
+from keyformer import kernels
 from keyformer.kernels.noise import LOG2_E, head_row, query_row, spread, zeta
-from keyformer.kernels.tiles import (
-    HIDDEN,
-    make_writable,
-    readable,
-    readable_slopes,
-    slot_tile,
-)
-from keyformer.precision import quantize
-from keyformer.score import Scorer
+from keyformer.kernels.tiles import HIDDEN, slot_tile
 
-if TYPE_CHECKING:
-    from keyformer.cache import KeyformerLayer
-
-STAYS = tl.constexpr(eviction.STAYS)
-"""The rank of a token that may not leave."""
+STAYS = tl.constexpr(2**63 - 1)
+"""The rank of a token that may not leave: eviction.STAYS."""
 
 COUNTS = tl.constexpr(kernels.COUNTS)
 
@@ -222,7 +208,7 @@ def _rank(
     """:meth:`keyformer.eviction.Eviction.ranks` for real tokens: the lowest leaves."""
     if MEAN:
         score = score / (seen - position).to(tl.float32)
-    rank = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) + (0x7FFFFFFF - position)
+    rank = (score.to(tl.int32, bitcast=True).to(tl.int64) << 31) + (0x7FFFFFFF - position)
     recent = position >= window_start
     if STRIDE > 1:
         recent = recent & (position % STRIDE == 0)
@@ -412,7 +398,7 @@ def _settle(
 
 
 @triton.jit(do_not_specialize=["row"])
-def _step(
+def step(
     query,
     key,
     value,
@@ -453,6 +439,8 @@ def _step(
     stored_key_stride_head,
     stored_value_stride_batch,
     stored_value_stride_head,
+    budget_stride_batch,
+    budget_stride_head,
     slots,
     part_slots,
     scale,
@@ -491,7 +479,8 @@ def _step(
     batch, kv_head = pair // KV_HEADS, pair % KV_HEADS
     finished += COUNTS * pair
     new_position = tl.load(new_positions + batch)
-    seen_now, budget = tl.load(seen + batch), tl.load(budgets + batch)
+    seen_now = tl.load(seen + batch)
+    budget = tl.load(budgets + batch * budget_stride_batch + kv_head * budget_stride_head)
     parts = tl.num_programs(1) - GROUP - SETTLERS
     part = _turn(finished, tl.program_id(1), parts)
     heads, first_head = pairs * GROUP, pair * GROUP
@@ -684,163 +673,8 @@ def split(pairs: int, slots: int, waiting: int, block: int, at_once: int) -> int
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """How many can run programs; of an interpreter as many as split a small cache."""
     if device.type != "cuda":
         return 8
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def step(
-    layer: KeyformerLayer,
-    query: Tensor,
-    slots: Tokens,
-    read: Tokens,
-    new: Tokens,
-    scorer: Scorer | None,
-    tau: Tensor,
-    *,
-    scale: float,
-    alibi_slopes: Tensor | None,
-    evicts: bool,
-) -> tuple[Tensor, Tensor]:
-    """Attend with one new token a sequence, add up scores, and write it over who leaves.
-
-    What attention.attention and KeyformerLayer.admit do, without waiting for the device and
-    without a number of this step among the arguments, so that the step can be replayed.
-
-    Parameters
-    ----------
-    layer
-        Whose slots are read and written.
-    query
-        (batch, heads, 1, head_dim).
-    slots
-        Those of the layer, with keys rotated if they are rotated when they are read.
-    read, new
-        The new tokens as attention reads them, and as they are stored but for quantization.
-    scorer
-        Whose noise and factor count; None where nothing is ranked.
-    tau
-        () float32: the temperature, in place of the scorer's.
-    scale, alibi_slopes
-        See attention.attention.
-    evicts
-        False where the scores of other layers decide too: then nothing is written but scores.
-
-    Returns
-    -------
-    tuple
-        Output (batch, heads, 1, head_dim), and the new tokens' scores (batch, kv_heads, 1)
-        float32, of use where nothing was evicted.
-    """
-    config, text = layer.config, layer.text.on(query.device)
-    as_stored = slots.keys is layer.keys
-    make_writable(layer)
-    query, read_key = readable(query), readable(read.keys)
-    value = readable(new.values)
-    slot_keys, slot_places = slots.keys.contiguous(), slots.places.contiguous()
-    alibi_slopes = readable_slopes(alibi_slopes)
-    batch, heads, _, head_dim = query.shape
-    kv_heads, count = layer.positions.shape[1:]
-    group = heads // kv_heads
-    dim_block = max(16, triton.next_power_of_2(head_dim))
-    # Tensor cores take 16 rows at least.
-    dot_rows = max(16, triton.next_power_of_2(group))
-    group_rows = triton.next_power_of_2(group)
-    block, warps, stages, resident = tiling(dim_block * query.element_size())
-    at_once = resident * _processors(query.device)
-    scored = scorer is not None
-    # Before slots are as many as the largest budget nobody leaves, and nobody is looked for.
-    looked_at = count if scored or text.largest_budget <= count else 1
-    settle_block = SETTLED // group_rows
-    if looked_at > settle_block:  # several programs, which draw no noise, have more room
-        settle_block = min(SETTLED, 2 * settle_block)
-    settle_block = min(settle_block, triton.next_power_of_2(looked_at))
-    settlers = triton.next_power_of_2(triton.cdiv(looked_at, settle_block))
-    part = split(batch * kv_heads, count, group + settlers, block, at_once)
-    parts = triton.cdiv(count, part)
-    stored_key, stored_value, stored_scales = readable(new.keys), value, layer.key_scales
-    if config.cache_dtype != "auto":
-        pair = torch.stack([new.keys, new.values])
-        (stored_key, stored_value), stored_scales = quantize(pair, config.cache_dtype)
-    groups = layer.key_scales.shape[-1]
-
-    def scratch(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=query.device)
-
-    output = torch.empty((batch, 1, heads, head_dim), dtype=query.dtype, device=query.device)
-    new_scores = scratch(batch, kv_heads, 0 if evicts else 1)
-    _step[(batch * kv_heads, parts + group + settlers)](
-        query,
-        read_key,
-        value,
-        stored_key,
-        stored_value,
-        stored_scales,
-        slot_keys,
-        slot_places,
-        layer.keys,
-        layer.key_scales,
-        layer.values,
-        layer.value_scales,
-        layer.positions,
-        layer.scores,
-        alibi_slopes,
-        text.seen,
-        text.budget,
-        text.window,
-        text.frozen_before,
-        text.positions,
-        text.places,
-        tau,
-        scratch(batch * heads, count if scored else 0),
-        scratch(4, batch * heads, parts),
-        scratch(batch * heads, parts, head_dim),
-        torch.empty(batch * kv_heads * settlers * 2, dtype=torch.int64, device=query.device),
-        output,
-        new_scores,
-        layer.finished,
-        scorer.whose_noise(batch, query.device) if scorer is not None else None,
-        *query.stride()[:2],
-        *read_key.stride()[:2],
-        *value.stride()[:2],
-        *stored_key.stride()[:2],
-        *stored_value.stride()[:2],
-        count,
-        part,
-        scale,
-        scorer.row if scorer is not None else 0,
-        config.forgetting,
-        scorer.factor if scorer is not None else 1.0,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        DIM_BLOCK=dim_block,
-        BLOCK=block,
-        DOT_ROWS=dot_rows,
-        GROUP_ROWS=group_rows,
-        SETTLE_BLOCK=settle_block,
-        NOISE_BLOCK=min(SETTLED // group_rows, triton.next_power_of_2(part)),
-        PARTS_BLOCK=16,
-        ALIBI=alibi_slopes is not None,
-        SCORED=scored,
-        NOISE=scorer.noise_drawn if scorer is not None else "none",
-        ONCE=config.noise_schedule == "once",
-        EVICTS=evicts,
-        MEAN=config.normalize == "mean",
-        FROZEN=config.key_set == "frozen",
-        STRIDE=config.dilation + 1,
-        SINKS=config.sinks,
-        KEY_KIND=config.cache_dtype if as_stored else "auto",
-        KEY_ROW=slots.keys.shape[-1],
-        KIND=config.cache_dtype,
-        ROW=layer.values.shape[-1],
-        GROUPS=groups,
-        GROUPS_BLOCK=triton.next_power_of_2(max(1, groups)),
-        SETTLERS=settlers,
-        num_warps=warps,
-        num_stages=stages,
-        maxnreg=REGISTERS // (32 * warps * resident) // 8 * 8,
-    )
-    return output.transpose(1, 2), new_scores

@@ -7,26 +7,12 @@ positions and those few keys and values, not its cache.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from keyformer.kernels.tiles import make_writable
-
-if TYPE_CHECKING:
-    from keyformer.cache import KeyformerLayer
-
-LARGEST_BATCH = 256
-"""Rows whose vectors of one slot fit in a program's registers."""
 
 
 @triton.jit
-def _take(
+def take(
     first_keys,
     first_key_scales,
     first_values,
@@ -89,47 +75,3 @@ def _take(
     tl.store(scores + here, score, mask=mask)
     tl.store(keys + here_at, k, mask=wanted)
     tl.store(values + here_at, v, mask=wanted)
-
-
-def take(layers: Sequence[KeyformerLayer], parents: Tensor, shared: Tensor) -> None:
-    """Give row i of the slots of layers what row ``parents[i]`` has, in one launch.
-
-    Parameters
-    ----------
-    layers
-        Whose slots are changed: all of one shape, on one device.
-    parents
-        (batch,) int64.
-    shared
-        (batch, batch) int64: see :class:`keyformer.text.Text`.
-    """
-    for layer in layers:
-        make_writable(layer)
-    tensors = [getattr(layer, name) for layer in layers for name in layer._per_slot]
-    batch, kv_heads, slots, row = layers[0].keys.shape
-    groups = layers[0].key_scales.shape[-1]
-    row_block = max(16, triton.next_power_of_2(row))
-    batch_block = triton.next_power_of_2(batch)
-    block = max(1, 16384 // (batch_block * row_block))
-    _take[(triton.cdiv(slots, block), kv_heads, len(layers))](
-        *tensors[: len(layers[0]._per_slot)],
-        _table(tuple(tensor.data_ptr() for tensor in tensors), parents.device),
-        parents.contiguous(),
-        shared.contiguous(),
-        batch,
-        slots,
-        KV_HEADS=kv_heads,
-        ROW=row,
-        ROW_BLOCK=row_block,
-        GROUPS=groups,
-        GROUPS_BLOCK=triton.next_power_of_2(max(1, groups)),
-        BATCH_BLOCK=batch_block,
-        BLOCK=block,
-        num_warps=8,
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """Addresses where a kernel can read them; kept, since copying them waits for the device."""
-    return torch.tensor(addresses, device=device)

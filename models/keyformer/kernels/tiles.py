@@ -6,26 +6,17 @@ bits; within a tile 32 are enough, and faster.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from keyformer import attention
 
-if TYPE_CHECKING:
-    from keyformer.cache import KeyformerLayer
-
 HIDDEN = tl.constexpr(attention.HIDDEN)
 """The logit of a key that is not there: finite, so that no difference of two is NaN."""
 
 FARTHEST = 2**24
 """Elements from one vector to the next up to which a tile's offsets have 32 bits."""
-
-ALIGNED = 16
-"""Bytes that a thread loads at once: slots begin at a multiple."""
 
 
 def readable(vectors: Tensor) -> Tensor:
@@ -42,17 +33,6 @@ def readable(vectors: Tensor) -> Tensor:
 def readable_slopes(slopes: Tensor | None) -> Tensor | None:
     """ALiBi's slopes as the kernels read them: float32, side by side."""
     return None if slopes is None else slopes.float().contiguous()
-
-
-def make_writable(layer: KeyformerLayer) -> None:
-    """Lay out the slots of a layer as the kernels that write them in place count on.
-
-    Its own operations leave them so; this is for slots that somebody else has put there.
-    """
-    for name in layer._per_slot:
-        slots = getattr(layer, name)
-        if not slots.is_contiguous() or slots.data_ptr() % ALIGNED:
-            setattr(layer, name, slots.clone(memory_format=torch.contiguous_format))
 
 
 @triton.jit

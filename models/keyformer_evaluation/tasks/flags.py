@@ -11,9 +11,11 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
+from keyformer.budgets import POLICIES
 from keyformer.config import CACHE_DTYPES, METHODS, POSITIONS, InputError, KeyformerConfig
 from keyformer.integration import check_device
 from keyformer.quantize import QUANTIZATIONS
+from keyformer.rules import RULES
 from keyformer_evaluation.records.processes import is_main, leave
 from keyformer_evaluation.tasks.data import PROMPTS, TASKS
 from keyformer_evaluation.tasks.rouge import TOKENIZERS
@@ -193,6 +195,21 @@ def method_flags(parser: argparse.ArgumentParser, default: str = "full") -> None
         help="what slots hold keys and values in: auto, the model's dtype, or fewer bits"
         " (default: %(default)s)",
     )
+    group.add_argument(
+        "--rule",
+        nargs="+",
+        metavar="NAME[=SHARE]",
+        default=[defaults.rule],
+        help=f"what ranks tokens: {', '.join(RULES)}; or several, each with its share of the key"
+        " tokens, as in accumulated=0.9 last=0.1 (default: accumulated)",
+    )
+    group.add_argument(
+        "--budgets",
+        choices=POLICIES,
+        default=defaults.budgets,
+        help="how layers and heads share the cache: alike, fewer from layer to layer, or by the"
+        " scores of a layer's heads (default: %(default)s)",
+    )
     chunk_flag(group)
     for name, when in (("tau_init", "at the prompt"), ("tau_end", "at the last token")):
         group.add_argument(
@@ -236,12 +253,29 @@ def method_config(flags: argparse.Namespace) -> tuple[str, KeyformerConfig]:
     method = "keyformer" if flags.keyformer else flags.attention or "full"
     names = (
         *("kv_cache", "recent", "kv_budget", "prefill_chunk", "tau_init", "tau_end"),
-        *("positions", "cache_dtype"),
+        *("positions", "cache_dtype", "budgets"),
     )
-    settings = {name: getattr(flags, name) for name in names}
+    settings = {name: getattr(flags, name) for name in names} | {"rule": _rule(flags.rule)}
     # Out of range is an error under every method, also where the method fixes the value.
     KeyformerConfig(**settings)
     return method, KeyformerConfig.preset(method, **settings)
+
+
+def _rule(given: Sequence[str]) -> Any:
+    """What the configuration takes for the values of ``--rule``."""
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    pairs = []
+    for text in given:
+        name, _, share = text.partition("=")
+        try:
+            pairs.append((name, float(share)))
+        except ValueError:
+            raise InputError(
+                "--rule takes a name, or names with their shares, as in accumulated=0.9 last=0.1;"
+                f" got {text!r}"
+            ) from None
+    return tuple(pairs)
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
