@@ -292,12 +292,12 @@ def _read(
     scales,
     start,
     KIND: tl.constexpr,
-    GROUPS: tl.constexpr,
+    SCALES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
 ):
     tile = slot_tile(
-        elements, scales, start, start + 2, tl.float32, KIND, GROUPS, HEAD_DIM, DIM_BLOCK, 16
+        elements, scales, start, start + 2, tl.float32, KIND, SCALES, HEAD_DIM, DIM_BLOCK, 16
     )
     slot, dim = tl.arange(0, 16)[:, None], tl.arange(0, DIM_BLOCK)[None, :]
     tl.store(out + slot * HEAD_DIM + dim, tile, mask=(slot < 2) & (dim < HEAD_DIM))

@@ -179,9 +179,9 @@ class KeyformerConfig:
         choice("positions", POSITIONS)
         choice("cache_dtype", CACHE_DTYPES)
         choice("backend", BACKENDS)
+        shares(self.rule)
         if isinstance(self.rule, Mapping):
             object.__setattr__(self, "rule", tuple(self.rule.items()))
-        shares(self.rule)
         if self.policy is not None and self.positions == "new":
             raise InputError(
                 f"budgets {self.budgets} cannot be combined with positions 'new': layers would"

@@ -77,13 +77,15 @@ class Eviction:
         beyond = torch.zeros_like(hidden)
         if self.window is not None:
             beyond = positions <= seen - self.window
-        stays = self.safe(positions)
+        there = ~(hidden | beyond) & (positions >= 0)
+        stays = self.safe(positions) & there
         *first, last = scores.unbind(dim=-1) if scores.ndim == 4 else (scores,)
         for (_, share), one in zip(self.config.rules, first, strict=False):
-            competes = ~(stays | hidden | beyond) & (positions >= 0)
+            competes = there & ~stays
             rank = self._by_score(one, positions).masked_fill(~competes, SAFE)
-            most = (share * self.key_slots.double() + 1e-9).floor()[..., None]
-            stays |= competes & (places(rank) < most)
+            most = (share * self.key_slots.double() + 1e-9).floor().long()
+            room = self.budget - stays.sum(dim=-1)  # less than K where key tokens are frozen
+            stays |= competes & (places(rank) < most.minimum(room)[..., None])
         rank = self._by_score(last, positions).masked_fill(stays, STAYS)
         rank = torch.where(hidden, HIDDEN + positions, rank)
         if self.window is not None:

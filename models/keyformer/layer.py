@@ -194,7 +194,10 @@ class KeyformerLayer(Slots, CacheLayerMixin):
                     torch.cat([slots.values, new.values], dim=2),
                 ),
             )
-            scores.append(rule.score(candidates))
+            score = rule.score(candidates)
+            if text.columns.padded:  # a sequence without new tokens stays as it is
+                score = torch.where(candidates.queries[:, None, None] > 0, score, candidates.before)
+            scores.append(score)
         return torch.stack(scores, dim=-1) if several else scores[0]
 
     def step(

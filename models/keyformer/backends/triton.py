@@ -37,6 +37,8 @@ def prefill(
     scorer: Scorer | None = None,
 ) -> Attended:
     """:func:`keyformer.backends.torch.prefill` without weights; filled slots come before empty."""
+    if scorer is not None and not scorer.config.asked:
+        scorer = None
     query, alibi_slopes = readable(query), readable_slopes(spec.alibi_slopes)
     new = Tokens(*map(readable, (new.keys, new.values, new.positions, new.places)))
     slots = Tokens(
@@ -199,21 +201,13 @@ def step(
     kv_heads, count = layer.positions.shape[1:]
     group = heads // kv_heads
     dim_block = max(16, triton.next_power_of_2(head_dim))
-    # Tensor cores take 16 rows at least.
-    dot_rows = max(16, triton.next_power_of_2(group))
-    group_rows = triton.next_power_of_2(group)
-    block, warps, stages, resident = decode_kernels.tiling(dim_block * query.element_size())
-    at_once = resident * decode_kernels.processors(query.device)
     scored = scorer is not None
     # Before slots are as many as the largest budget nobody leaves, and nobody is looked for.
     looked_at = count if scored or layer.largest_budget <= count else 1
-    settle_block = decode_kernels.SETTLED // group_rows
-    if looked_at > settle_block:  # several programs, which draw no noise, have more room
-        settle_block = min(decode_kernels.SETTLED, 2 * settle_block)
-    settle_block = min(settle_block, triton.next_power_of_2(looked_at))
-    settlers = triton.next_power_of_2(triton.cdiv(looked_at, settle_block))
-    part = decode_kernels.split(batch * kv_heads, count, group + settlers, block, at_once)
-    parts = triton.cdiv(count, part)
+    cut = decode_kernels.launch(
+        *(batch * kv_heads, count, group, dim_block * query.element_size(), looked_at),
+        query.device,
+    )
     stored_key, stored_value, stored_scales = readable(new.keys), value, layer.key_scales
     if config.cache_dtype != "auto":
         pair = torch.stack([new.keys, new.values])
@@ -225,7 +219,7 @@ def step(
 
     output = torch.empty((batch, 1, heads, head_dim), dtype=query.dtype, device=query.device)
     new_scores = scratch(batch, kv_heads, 0 if evicts else 1)
-    decode_kernels.step[(batch * kv_heads, parts + group + settlers)](
+    decode_kernels.step[(batch * kv_heads, cut.parts + group + cut.settlers)](
         query,
         read_key,
         value,
@@ -249,9 +243,9 @@ def step(
         text.places,
         tau,
         scratch(batch * heads, count if scored else 0),
-        scratch(4, batch * heads, parts),
-        scratch(batch * heads, parts, head_dim),
-        torch.empty(batch * kv_heads * settlers * 2, dtype=torch.int64, device=query.device),
+        scratch(4, batch * heads, cut.parts),
+        scratch(batch * heads, cut.parts, head_dim),
+        torch.empty(batch * kv_heads * cut.settlers * 2, dtype=torch.int64, device=query.device),
         output,
         new_scores,
         layer.finished,
@@ -263,7 +257,7 @@ def step(
         *stored_value.stride()[:2],
         *budget.stride(),
         count,
-        part,
+        cut.part_slots,
         spec.scale,
         scorer.row if scorer is not None else 0,
         config.forgetting,
@@ -272,12 +266,6 @@ def step(
         GROUP=group,
         HEAD_DIM=head_dim,
         DIM_BLOCK=dim_block,
-        BLOCK=block,
-        DOT_ROWS=dot_rows,
-        GROUP_ROWS=group_rows,
-        SETTLE_BLOCK=settle_block,
-        NOISE_BLOCK=min(decode_kernels.SETTLED // group_rows, triton.next_power_of_2(part)),
-        PARTS_BLOCK=16,
         ALIBI=alibi_slopes is not None,
         SCORED=scored,
         NOISE=scorer.noise_drawn if scorer is not None else "none",
@@ -288,15 +276,12 @@ def step(
         STRIDE=config.dilation + 1,
         SINKS=config.sinks,
         KEY_KIND=config.cache_dtype if as_stored else "auto",
-        KEY_ROW=slots.keys.shape[-1],
+        KEY_ELEMENTS=slots.keys.shape[-1],
         KIND=config.cache_dtype,
-        ROW=layer.values.shape[-1],
-        GROUPS=groups,
-        GROUPS_BLOCK=triton.next_power_of_2(max(1, groups)),
-        SETTLERS=settlers,
-        num_warps=warps,
-        num_stages=stages,
-        maxnreg=decode_kernels.REGISTERS // (32 * warps * resident) // 8 * 8,
+        ELEMENTS=layer.values.shape[-1],
+        SCALES=groups,
+        SCALES_BLOCK=triton.next_power_of_2(max(1, groups)),
+        **cut.constants,
     )
     return output.transpose(1, 2), new_scores
 
@@ -330,10 +315,10 @@ def reorder(layers: Sequence[Slots], parents: Tensor, shared: Tensor) -> None:
         batch,
         slots,
         KV_HEADS=kv_heads,
-        ROW=row,
-        ROW_BLOCK=row_block,
-        GROUPS=groups,
-        GROUPS_BLOCK=triton.next_power_of_2(max(1, groups)),
+        ELEMENTS=row,
+        ELEMENTS_BLOCK=row_block,
+        SCALES=groups,
+        SCALES_BLOCK=triton.next_power_of_2(max(1, groups)),
         BATCH_BLOCK=batch_block,
         BLOCK=block,
         num_warps=8,

@@ -1,7 +1,8 @@
 """One new token a sequence: attention over the slots, scores and eviction, in one kernel.
 
-Each program reads a part of a head's slots, so that one sequence fills the card; each key and
-value is read once. Further programs, which start last, wait for the parts of their head: one
+Split-k decoding (flash decoding): each program reads a part of a head's slots with an online
+softmax, so that one sequence fills the card; each key and value is read once, for all query heads
+of its group (GQA). Further programs, which start last, wait for the parts of their head: one
 joins them, another adds up the scores, finds the token that leaves and writes the new one over
 it. It draws the noise while it waits. Where a head has more slots than a program's registers
 hold, several do it, a range of slots each; the noisy softmax is then left to the parts, and who
@@ -15,6 +16,7 @@ does so for earlier turns alone.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -63,10 +65,10 @@ def _attend(
     ALIBI: tl.constexpr,
     SCORED: tl.constexpr,
     KEY_KIND: tl.constexpr,
-    KEY_ROW: tl.constexpr,
+    KEY_ELEMENTS: tl.constexpr,
     VALUE_KIND: tl.constexpr,
-    VALUE_ROW: tl.constexpr,
-    GROUPS: tl.constexpr,
+    VALUE_ELEMENTS: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     """Softmax and mean of values over a part of the slots, and the logits, for scores."""
     dim = tl.arange(0, DIM_BLOCK)
@@ -79,10 +81,10 @@ def _attend(
     total = tl.zeros([GROUP_BLOCK], tl.float32)
     output = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
     first = pair * slots
-    keys += first * KEY_ROW
-    values += first * VALUE_ROW
-    key_scales += first * GROUPS
-    value_scales += first * GROUPS
+    keys += first * KEY_ELEMENTS
+    values += first * VALUE_ELEMENTS
+    key_scales += first * SCALES
+    value_scales += first * SCALES
     end = tl.minimum(part * part_slots + part_slots, held)
     for start in range(part * part_slots, end, BLOCK):
         slot = start + tl.arange(0, BLOCK)
@@ -94,7 +96,7 @@ def _attend(
             held,
             q.dtype,
             KEY_KIND,
-            GROUPS,
+            SCALES,
             HEAD_DIM,
             DIM_BLOCK,
             BLOCK,
@@ -106,7 +108,7 @@ def _attend(
             held,
             q.dtype,
             VALUE_KIND,
-            GROUPS,
+            SCALES,
             HEAD_DIM,
             DIM_BLOCK,
             BLOCK,
@@ -301,9 +303,9 @@ def _settle(
     FROZEN: tl.constexpr,
     STRIDE: tl.constexpr,
     SINKS: tl.constexpr,
-    ROW: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_BLOCK: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALES_BLOCK: tl.constexpr,
     PARTS_BLOCK: tl.constexpr,
     SETTLERS: tl.constexpr,
 ):
@@ -315,8 +317,8 @@ def _settle(
     first_slot = pair * slots
     position = tl.load(positions + first_slot + slot, mask=filled, other=0).to(tl.int32)
     score = tl.zeros([BLOCK], tl.float32)
-    new_key = tl.load(stored_key + dim, mask=dim < ROW, other=0)
-    new_value = tl.load(stored_value + dim, mask=dim < ROW, other=0)
+    new_key = tl.load(stored_key + dim, mask=dim < ELEMENTS, other=0)
+    new_value = tl.load(stored_value + dim, mask=dim < ELEMENTS, other=0)
     new_score = tl.full([], 0.0, tl.float32)
     if SCORED:
         score = tl.load(scores + first_slot + slot, mask=filled, other=0.0)
@@ -384,15 +386,15 @@ def _settle(
         tl.debug_barrier()  # the slot's own score was stored by another thread
         tl.store(scores + target, new_score, mask=stays)
         tl.store(positions + target, new_position, mask=stays)
-        tl.store(keys + target * ROW + dim, new_key, mask=(dim < ROW) & stays)
-        tl.store(values + target * ROW + dim, new_value, mask=(dim < ROW) & stays)
-        if GROUPS > 0:
-            group = tl.arange(0, GROUPS_BLOCK)
-            there = (group < GROUPS) & stays
-            scale = tl.load(stored_scales + pair * GROUPS + group, mask=there)
-            tl.store(key_scales + target * GROUPS + group, scale, mask=there)
-            scale = tl.load(stored_scales + (pairs + pair) * GROUPS + group, mask=there)
-            tl.store(value_scales + target * GROUPS + group, scale, mask=there)
+        tl.store(keys + target * ELEMENTS + dim, new_key, mask=(dim < ELEMENTS) & stays)
+        tl.store(values + target * ELEMENTS + dim, new_value, mask=(dim < ELEMENTS) & stays)
+        if SCALES > 0:
+            group = tl.arange(0, SCALES_BLOCK)
+            there = (group < SCALES) & stays
+            scale = tl.load(stored_scales + pair * SCALES + group, mask=there)
+            tl.store(key_scales + target * SCALES + group, scale, mask=there)
+            scale = tl.load(stored_scales + (pairs + pair) * SCALES + group, mask=there)
+            tl.store(value_scales + target * SCALES + group, scale, mask=there)
     else:
         tl.store(new_scores + pair, new_score, mask=settler == 0)
 
@@ -467,14 +469,45 @@ def step(
     STRIDE: tl.constexpr,
     SINKS: tl.constexpr,
     KEY_KIND: tl.constexpr,
-    KEY_ROW: tl.constexpr,
+    KEY_ELEMENTS: tl.constexpr,
     KIND: tl.constexpr,
-    ROW: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_BLOCK: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALES_BLOCK: tl.constexpr,
     SETTLERS: tl.constexpr,
 ):
-    """Programs of a key/value head: for its parts, for each query head's output, for eviction."""
+    """Programs of a key/value head: for its parts, for each query head's output, for eviction.
+
+    The grid is (batch * kv_heads, parts + GROUP + SETTLERS); vectors lie side by side, and what
+    leads to them is told by strides where it is not dense.
+
+    =================================== ==================================== ==================
+    array                               shape                                dtype
+    =================================== ==================================== ==================
+    query                               (batch, heads, 1, HEAD_DIM)          model's
+    key, value                          (batch, kv_heads, 1, HEAD_DIM)       model's
+    stored_key, stored_value            (batch, kv_heads, 1, ELEMENTS)       of the slots
+    stored_scales                       (2, batch, kv_heads, 1, SCALES)      float16
+    slot_keys, keys                     (batch, kv_heads, slots, elements)   as read, as stored
+    values                              (batch, kv_heads, slots, ELEMENTS)   of the slots
+    key_scales, value_scales            (batch, kv_heads, slots, SCALES)     float16
+    slot_places, positions              (batch, kv_heads, slots)             int64
+    scores                              (batch, kv_heads, slots)             float32
+    slopes                              (heads,)                             float32 or None
+    seen, windows, frozen_before        (batch,)                             int64
+    budgets                             (batch, kv_heads), by its strides    int64
+    new_positions, new_places           (batch, 1)                           int64, -1 padding
+    tau                                 ()                                   float32
+    logits                              (batch * heads, slots)               float32, scratch
+    stats                               (4, batch * heads, parts)            float32, scratch
+    outputs                             (batch * heads, parts, HEAD_DIM)     float32, scratch
+    candidates                          (batch * kv_heads * SETTLERS * 2,)   int64, scratch
+    output                              (batch, 1, heads, HEAD_DIM)          model's
+    new_scores                          (batch, kv_heads, 0 if EVICTS or 1)  float32
+    finished                            (batch, kv_heads, COUNTS)            int32, zeros
+    sequences                           (batch,)                             int64 or None
+    =================================== ==================================== ==================
+    """
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     batch, kv_head = pair // KV_HEADS, pair % KV_HEADS
     finished += COUNTS * pair
@@ -532,10 +565,10 @@ def step(
             ALIBI,
             SCORED,
             KEY_KIND,
-            KEY_ROW,
+            KEY_ELEMENTS,
             KIND,
-            ROW,
-            GROUPS,
+            ELEMENTS,
+            SCALES,
         )
         if SCORED and SETTLERS > 1:
             tl.debug_barrier()  # what one thread has stored another may load
@@ -633,9 +666,9 @@ def step(
                 FROZEN,
                 STRIDE,
                 SINKS,
-                ROW,
-                GROUPS,
-                GROUPS_BLOCK,
+                ELEMENTS,
+                SCALES,
+                SCALES_BLOCK,
                 PARTS_BLOCK,
                 SETTLERS,
             )
@@ -652,6 +685,64 @@ SETTLED = 2048
 
 REGISTERS = 65536
 """What a processor has for the threads of all programs that it runs at a time."""
+
+
+class Launch(NamedTuple):
+    """How the work of a step is cut up.
+
+    Attributes
+    ----------
+    part_slots, parts, settlers
+        Slots of a part, parts of a head, and programs that settle who leaves.
+    constants
+        What else the kernel is compiled with.
+    """
+
+    part_slots: int
+    parts: int
+    settlers: int
+    constants: dict[str, int]
+
+
+def launch(
+    pairs: int, slots: int, group: int, vector_bytes: int, looked_at: int, device: torch.device
+) -> Launch:
+    """How to cut up a step.
+
+    Parameters
+    ----------
+    pairs
+        Of sequence and key/value head.
+    group
+        Query heads that share a key.
+    vector_bytes
+        Of a head's vector, padded to a power of two.
+    looked_at
+        Slots among which the one that leaves is looked for.
+    """
+    # Tensor cores take 16 rows at least.
+    dot_rows = max(16, triton.next_power_of_2(group))
+    group_rows = triton.next_power_of_2(group)
+    block, warps, stages, resident = tiling(vector_bytes)
+    settle_block = SETTLED // group_rows
+    if looked_at > settle_block:  # several programs, which draw no noise, have more room
+        settle_block = min(SETTLED, 2 * settle_block)
+    settle_block = min(settle_block, triton.next_power_of_2(looked_at))
+    settlers = triton.next_power_of_2(triton.cdiv(looked_at, settle_block))
+    part_slots = split(pairs, slots, group + settlers, block, resident * processors(device))
+    constants = {
+        "BLOCK": block,
+        "DOT_ROWS": dot_rows,
+        "GROUP_ROWS": group_rows,
+        "SETTLE_BLOCK": settle_block,
+        "NOISE_BLOCK": min(SETTLED // group_rows, triton.next_power_of_2(part_slots)),
+        "PARTS_BLOCK": 16,
+        "SETTLERS": settlers,
+        "num_warps": warps,
+        "num_stages": stages,
+        "maxnreg": REGISTERS // (32 * warps * resident) // 8 * 8,
+    }
+    return Launch(part_slots, triton.cdiv(slots, part_slots), settlers, constants)
 
 
 def tiling(vector_bytes: int) -> tuple[int, int, int, int]:

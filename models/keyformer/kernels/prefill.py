@@ -1,5 +1,7 @@
 """Attention and scores of a prompt, in tiles: no tensor of queries times keys exists.
 
+Online softmax, as in flash attention; query heads of a group share their keys (GQA).
+
 The first kernel gives the output and the log-sum-exps of the softmax behind the scores
 (Eq. 9); the second, once those are known, its sums over the queries, drawing the same noise
 again. Slots that hold earlier text and the new tokens are walked over one after the other.
@@ -109,7 +111,27 @@ def attend(
     NOISE: tl.constexpr,
     ONCE: tl.constexpr,
 ):
-    """Output of QUERY_BLOCK queries of a head, and the log-sum-exp of (x + zeta) / tau."""
+    """Output of QUERY_BLOCK queries of a head, and the log-sum-exp of (x + zeta) / tau.
+
+    The grid is one of ceil(queries / QUERY_BLOCK) * batch * heads. Vectors lie side by side; those
+    of slots are dense, what leads to the others is told by strides.
+
+    =========================== ==================================== =====================
+    array                       shape                                dtype
+    =========================== ==================================== =====================
+    query                       (batch, heads, queries, HEAD_DIM)    model's
+    key, value                  (batch, kv_heads, queries, HEAD_DIM) model's
+    slot_key, slot_value        (batch, kv_heads, slots, HEAD_DIM)   model's
+    slot_positions, slot_places (batch, kv_heads, slots)             int64, filled first
+    slopes                      (heads,)                             float32 or None
+    held                        (batch, kv_heads)                    int64: filled slots
+    columns                     (4, batch)                           int64: Span.columns
+    output                      (batch, queries, heads, HEAD_DIM)    model's
+    normal                      (batch, heads, padded)               float32
+    hashes                      (batch, heads, padded)               int32, of the queries
+    sequences                   (batch,)                             int64 or None
+    =========================== ==================================== =====================
+    """
     # exp(x + zeta) is exp(x) over an exponential variate: at tau = 1 no second exp is needed.
     SOFT: tl.constexpr = NOISE == "gumbel" and TAU_IS_1
     # The last queries have the most keys: they go first.
@@ -289,7 +311,9 @@ def score(
 ):
     """What queries together give to KEY_BLOCK keys of a key/value head, or the LARGEST of it.
 
-    Where it is LIMITED, only the last so many queries are asked.
+    Where it is LIMITED, only the last so many queries are asked. The grid is one of
+    ceil(keys / KEY_BLOCK) * batch * kv_heads; ``scores`` (batch, kv_heads, keys) float32 go to
+    every score_stride-th row, all else is as in :func:`attend`, keys those of slots or new tokens.
     """
     blocks = tl.cdiv(keys, KEY_BLOCK)
     start = tl.program_id(0) % blocks * KEY_BLOCK

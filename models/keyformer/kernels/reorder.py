@@ -25,10 +25,10 @@ def take(
     batch,
     slots,
     KV_HEADS: tl.constexpr,
-    ROW: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_BLOCK: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    ELEMENTS_BLOCK: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALES_BLOCK: tl.constexpr,
     BATCH_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -44,7 +44,7 @@ def take(
     positions = tl.multiple_of(tl.load(addresses + 4).to(first_positions.dtype), 16)
     scores = tl.multiple_of(tl.load(addresses + 5).to(first_scores.dtype), 16)
     row, slot = tl.arange(0, BATCH_BLOCK), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    element = tl.arange(0, ROW_BLOCK)
+    element = tl.arange(0, ELEMENTS_BLOCK)
     parent = tl.load(parents + row, mask=row < batch, other=0).to(tl.int32)
     moved = (row < batch) & (parent != row)
     here = (row * KV_HEADS + tl.program_id(1)).to(tl.int64)[:, None] * slots + slot[None, :]
@@ -55,16 +55,16 @@ def take(
     common = tl.load(shared + row * batch + parent, mask=moved, other=0)
     own_position = tl.load(positions + here, mask=mask, other=-1)
     differs = mask & ((position != own_position) | (position >= common[:, None]))
-    wanted = differs[:, :, None] & (element < ROW)[None, None, :]
-    here_at = here[:, :, None] * ROW + element[None, None, :]
-    there_at = there[:, :, None] * ROW + element[None, None, :]
+    wanted = differs[:, :, None] & (element < ELEMENTS)[None, None, :]
+    here_at = here[:, :, None] * ELEMENTS + element[None, None, :]
+    there_at = there[:, :, None] * ELEMENTS + element[None, None, :]
     k = tl.load(keys + there_at, mask=wanted, other=0)
     v = tl.load(values + there_at, mask=wanted, other=0)
-    if GROUPS > 0:
-        group = tl.arange(0, GROUPS_BLOCK)
-        scaled = differs[:, :, None] & (group < GROUPS)[None, None, :]
-        scale_at = here[:, :, None] * GROUPS + group[None, None, :]
-        parent_scale_at = there[:, :, None] * GROUPS + group[None, None, :]
+    if SCALES > 0:
+        group = tl.arange(0, SCALES_BLOCK)
+        scaled = differs[:, :, None] & (group < SCALES)[None, None, :]
+        scale_at = here[:, :, None] * SCALES + group[None, None, :]
+        parent_scale_at = there[:, :, None] * SCALES + group[None, None, :]
         k_scale = tl.load(key_scales + parent_scale_at, mask=scaled, other=0)
         v_scale = tl.load(value_scales + parent_scale_at, mask=scaled, other=0)
         tl.debug_barrier()

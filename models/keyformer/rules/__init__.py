@@ -45,7 +45,7 @@ def shares(given: Any) -> Shares:
     if isinstance(given, (str, Rule)):
         return ((_named(given), 1.0),)
     pairs = list(given.items()) if isinstance(given, Mapping) else given
-    if not isinstance(pairs, Sequence) or not all(_is_pair(pair) for pair in pairs):
+    if not isinstance(pairs, Sequence) or not pairs or not all(map(_is_pair, pairs)):
         raise InputError(f"rule must be a name, a Rule, or a share for each of them, got {given!r}")
     for name, share in pairs:
         if not 0 < share <= 1:
