@@ -25,12 +25,12 @@ class Shared:
     key_slots
         (batch,) int64: K.
     candidates
-        (batch,) int64: tokens that compete for them, at least K.
+        (batch,) int64: tokens of the whole prompt that compete for them, which may be fewer.
     layer, layers
         Which one it is of those that evict by this method, from 0 on.
     order
         (batch, kv_heads, tokens) int64: the order in which tokens leave, the lowest first, across
-        heads too; ``SAFE`` where there is no candidate.
+        heads too; ``SAFE`` where there is no candidate. Of a prompt in chunks those of the first.
     """
 
     key_slots: Tensor
@@ -127,8 +127,10 @@ class Adaptive(Policy):
         least = (self.least * shared.key_slots.double() + 1e-9).floor()[:, None, None]
         safe = (places(order) < least) & (order > SAFE)
         order = order.masked_fill(safe, torch.iinfo(torch.int64).max).flatten(1)
-        taken = places(order) < heads * shared.key_slots[:, None]
-        return (taken & (order > SAFE)).unflatten(1, (heads, tokens)).sum(dim=-1)
+        taken = (places(order) < heads * shared.key_slots[:, None]) & (order > SAFE)
+        all_fit = (order > SAFE).sum(dim=-1, keepdim=True) <= heads * shared.key_slots[:, None]
+        of_heads = taken.unflatten(1, (heads, tokens)).sum(dim=-1)
+        return torch.where(all_fit, shared.key_slots[:, None], of_heads)
 
 
 def places(order: Tensor) -> Tensor:

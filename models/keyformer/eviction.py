@@ -122,8 +122,6 @@ class Eviction:
     def shared_out(self, positions: Tensor, scores: Tensor, depth: tuple[int, int]) -> Tensor:
         """The slots of each head after the first prompt, (batch, kv_heads) int64: its policy's.
 
-        A sequence that fits into its budget shares nothing out.
-
         Parameters
         ----------
         positions, scores
@@ -137,11 +135,10 @@ class Eviction:
         rank = self._by_score(scores[..., 0] if scores.ndim == 4 else scores, positions)
         order = rank.masked_fill(self.safe(positions) | (positions < 0), SAFE)
         taken = self.budget[:, 0] - self.key_slots[:, 0]
-        candidates = self.text.seen - taken
+        candidates = self.text.prompt_tokens - taken
         shared = Shared(self.key_slots[:, 0], candidates, *depth, order)
-        budget = taken[:, None] + policy.key_slots(shared)
-        fits = candidates <= shared.key_slots
-        return torch.where(fits[:, None], self.budget, budget).contiguous()
+        slots = taken[:, None] + policy.key_slots(shared)
+        return slots.expand(self.budget.shape).contiguous()
 
     def chosen(self, positions: Tensor, scores: Tensor, slots: int) -> Tensor:
         """Who of a first prompt stays where there are no slots yet: the best up to the budget.

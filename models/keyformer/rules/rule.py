@@ -58,6 +58,8 @@ class Asked:
 class Candidates:
     """The tokens of a layer that compete for its slots after a forward: who is there, then the new.
 
+    They are of this forward alone: what a rule wants to keep of them it has to copy.
+
     Attributes
     ----------
     positions
