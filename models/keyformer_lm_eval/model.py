@@ -40,7 +40,7 @@ from keyformer_evaluation.records.identity import (
 from keyformer_evaluation.records.processes import processes
 from keyformer_evaluation.records.results import source
 from keyformer_evaluation.records.store import Store
-from keyformer_evaluation.records.work import LOOK
+from keyformer_evaluation.records.work import LOOK, distinct
 from keyformer_lm_eval import register
 from keyformer_lm_eval.processes import share_alike
 
@@ -401,7 +401,7 @@ class KeyformerLM(HFLM):
         with tqdm(
             total=len(items), desc="Keyformer", disable=disable_tqdm or self.rank != 0
         ) as bar:
-            while left := [at for at, key in _first(keys).items() if key not in done]:
+            while left := [at for at in distinct(keys) if keys[at] not in done]:
                 bar.update(sum(key in done for key in keys) - bar.n)
                 part = int((len(items) - len(left)) * self.batch_schedule / len(items))
                 auto = self.batch_size == "auto"
@@ -453,12 +453,6 @@ class KeyformerLM(HFLM):
             "lm_eval": version("lm_eval"),
             **environment(self.device, __name__),
         }
-
-
-def _first(keys: Sequence[str]) -> dict[int, str]:
-    """The keys by where each stands first."""
-    where = {key: at for at, key in reversed(list(enumerate(keys)))}
-    return {at: key for key, at in sorted(where.items(), key=lambda entry: entry[1])}
 
 
 def _plain(arguments: tuple[Any, ...]) -> str:

@@ -104,9 +104,7 @@ class Study:
         self.argv = sys.argv[1:] if argv is None else argv
         parser = flag.Parser(prog=f"{name}.py", description=description)
         parser.add_argument("--model_path", nargs="+", help="default: the bundled models")
-        parser.add_argument(
-            "--n_obs", type=flag.whole(1), help="items, drawn at random (default: all)"
-        )
+        flag.n_obs_flag(parser)
         parser.add_argument(
             "--seeds", nargs="+", type=flag.SEED, default=[0, 1, 2], help="of the noise"
         )
