@@ -82,13 +82,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset_path", default=ROOT / "summarization" / "data" / "sample_eval.json"
     )
-    parser.add_argument("--n_obs", type=flag.whole(1), help="items, drawn at random (default: all)")
+    flag.n_obs_flag(parser)
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--dtype", default="float32", help="of all that is not quantized")
     parser.add_argument("--bs", type=flag.whole(1), default=8)
     parser.add_argument("--beam", type=flag.WIDTH, default=1)
     parser.add_argument("--max_new_tokens", type=flag.whole(1), default=TASK.max_new_tokens)
-    parser.add_argument("--record", type=Path, help="write the rows and their record as JSON")
+    flag.record_flag(parser)
     return parser.parse_args(argv)
 
 

@@ -371,11 +371,17 @@ def task_flags(
     save_path
         Default of --save_path.
     """
+    _data_flags(parser, task, dataset_path)
+    _output_flags(parser, out, save_path)
+    _generation_flags(parser, TASKS[task].max_new_tokens)
+
+
+def _data_flags(parser: argparse.ArgumentParser, task: str, dataset_path: Path) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--task", choices=TASKS, default=task, help="how items become prompts")
     prompt_flag(group)
     group.add_argument("--dataset_path", default=dataset_path, help="JSON list or JSON lines")
-    group.add_argument("--n_obs", type=whole(1), help="items, drawn at random (default: all)")
+    n_obs_flag(group)
     group.add_argument("--seed", type=SEED, default=0, help="of every draw (default: 0)")
     group.add_argument(
         "--max_tokenizer_length",
@@ -388,6 +394,8 @@ def task_flags(
     group.add_argument("--padding", choices=("longest", "max_length"), default="longest")
     group.add_argument("--padding_side", choices=("left", "right"), default="left")
 
+
+def _output_flags(parser: argparse.ArgumentParser, out: Path, save_path: Path) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--save_path", type=Path, default=save_path)
     group.add_argument("--score_path", type=Path, default=out / "scores.json")
@@ -417,6 +425,8 @@ def task_flags(
     rouge_flag(group)
     store_flags(group, out / "finished.sqlite")
 
+
+def _generation_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     group = parser.add_argument_group("generation")
     group.add_argument(
         "--bs",
@@ -436,7 +446,7 @@ def task_flags(
     group.add_argument(
         "--max_new_tokens",
         type=whole(1),
-        default=TASKS[task].max_new_tokens,
+        default=max_new_tokens,
         help="generated at most (default: %(default)s)",
     )
     group.add_argument(
@@ -444,6 +454,16 @@ def task_flags(
     )
     group.add_argument("--min_gen_length", type=whole(0), default=0, help="generated at least")
     group.add_argument("--eos_token_id", type=whole(0), help="ends a text (default: the model's)")
+
+
+def n_obs_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag for how many items of a dataset."""
+    parser.add_argument("--n_obs", type=whole(1), help="items, drawn at random (default: all)")
+
+
+def record_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag for a record of rows."""
+    parser.add_argument("--record", type=Path, help="write the rows and their record as JSON")
 
 
 def rouge_flag(parser: argparse._ActionsContainer) -> None:
