@@ -9,7 +9,6 @@ import gc
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +28,7 @@ import pytest
 from families import small_model
 from interpreter import make_quick
 from originals import ORIGINALS
+from torch.distributed import TCPStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
@@ -36,6 +36,10 @@ from keyformer import KeyformerConfig, enable_keyformer
 from keyformer_evaluation.tasks import flags
 
 make_quick()
+for absent in (torch.cuda, torch.xpu, torch.mtia):
+    if not absent.is_available():
+        # It would note each seed with the stack, for the day that the device is there.
+        absent.manual_seed_all = lambda seed: None
 
 
 def script(folder: str, name: str):
@@ -109,17 +113,21 @@ class Forked:
         return code, out, err
 
 
-def forked_ranks(command: list[str], folder: Path, count: int) -> list[Forked]:
-    """A script in as many processes as accelerate's launcher would start, with its environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0"}
+def forked_ranks(command: list[str], folder: Path, count: int) -> list[tuple[int, str, str]]:
+    """How a script ends in as many processes as accelerate's launcher would start.
+
+    They have its environment, and meet, as under the launcher, at a store of who starts them: its
+    port is one that nobody else has taken in the meantime.
+    """
+    meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.port), "GROUP_RANK": "0"}
     common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_WORLD_SIZE": "1"}
-    return [
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    ranks = [
         Forked(command, folder / f"rank{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **common)
         for rank in range(count)
     ]
+    return [rank.wait() for rank in ranks]
 
 
 class LargestTensor(TorchDispatchMode):

@@ -24,6 +24,7 @@ from transformers import (
 
 State = dict[str, torch.Tensor]
 END = "<|endoftext|>"
+SENTENCE = "the key tokens and the recent tokens"
 
 MPT_7B = {
     "architectures": ["MPTForCausalLM"],
@@ -283,7 +284,14 @@ ORIGINALS = {
 }
 
 
-def write_original(folder: Path, name: str, weights: str, **changes: Any) -> Path:
+def write_original(
+    folder: Path,
+    name: str,
+    weights: str,
+    layers: int = 2,
+    texts: str = SENTENCE,
+    **changes: Any,
+) -> Path:
     """A small checkpoint in an original's format: config fields, state-dict names and files.
 
     ``weights`` is "bin" or "safetensors", with " shards" for two files; ``changes`` are fields
@@ -291,21 +299,22 @@ def write_original(folder: Path, name: str, weights: str, **changes: Any) -> Pat
     """
     folder.mkdir(parents=True)
     original = ORIGINALS[name]
-    config = {**original.fields, **original.small, **changes}
+    of_layers = "n_layers" if name == "mpt" else "n_layer"
+    config = {**original.fields, **original.small, of_layers: layers, **changes}
     (folder / "config.json").write_text(json.dumps(config))
     for file in config.get("auto_map", {}).values():
         module = file.split(".")[0]
         (folder / f"{module}.py").write_text("raise RuntimeError('remote code was run')\n")
     write_weights(folder, original.state(config), weights)
-    write_tokenizer(folder, name, config["vocab_size"])
+    write_tokenizer(folder, name, config["vocab_size"], texts)
     return folder
 
 
-def write_tokenizer(folder: Path, name: str, vocab_size: int) -> None:
-    """A small BPE tokenizer in the files that the original has."""
+def write_tokenizer(folder: Path, name: str, vocab_size: int, texts: str = SENTENCE) -> None:
+    """A small BPE tokenizer in the files that the original has, made for these texts."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
-        ["the key tokens and the recent tokens"],
+        [texts],
         vocab_size=vocab_size,
         special_tokens=[END],
         show_progress=False,

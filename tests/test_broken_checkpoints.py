@@ -37,7 +37,7 @@ def whole(tmp_path_factory) -> Callable[[str, str], Path]:
     def written(arch: str, weights: str) -> Path:
         path = folder / f"{arch} {weights}"
         small = {} if arch == "mpt" else {"n_positions": 32}
-        return path if path.exists() else write_original(path, arch, weights, **small)
+        return path if path.exists() else write_original(path, arch, weights, layers=3, **small)
 
     return written
 

@@ -74,7 +74,7 @@ def test_dtype(tmp_path, arch: str, dtype) -> None:
 
 def test_layers_spread_over_devices(tmp_path, arch: str) -> None:
     """accelerate's hooks, here with one block kept on disk, change nothing."""
-    path = write_original(tmp_path / "m", arch, "safetensors shards")
+    path = write_original(tmp_path / "m", arch, "safetensors shards", layers=3)
     config = KeyformerConfig.preset("h2o", kv_cache=50)
     inputs = {"input_ids": torch.randint(1, 320, (2, 20)), "max_new_tokens": 8}
     model, _ = load_model(path, config, dtype="float32", device="cpu")

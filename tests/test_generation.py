@@ -127,22 +127,26 @@ def test_a_batch_gives_each_sequence_its_own_result(evicting, padded, method: st
     ],
 )
 def test_beams_keep_their_own_slots(evicting, padded, settings) -> None:
-    """A beam's score is that of its text fed token by token through a cache of its own."""
+    """A beam's score is that of its text fed token by token through a cache of its own.
+
+    In float64: what is computed alone and in a batch differs by the last digits, and where they
+    decide how the float16 scale of an int8 vector is rounded, scores would differ by 3e-4.
+    """
     config = KeyformerConfig(kv_cache=50, noise="none", generation_length=10, **settings)
-    model = evicting(config)
+    model = evicting(config).double()
     beams = model.generate(
         **padded,
         num_beams=4,
         num_return_sequences=4,
-        max_new_tokens=10,
-        min_new_tokens=10,
+        max_new_tokens=7,
+        min_new_tokens=7,
         return_dict_in_generate=True,
         output_scores=True,
     )
     for beam, score in enumerate(beams.sequences_scores):
         row = beam // 4
         prompt = padded["input_ids"][row : row + 1, padded["attention_mask"][row].bool()]
-        text = beams.sequences[beam, -10:]
+        text = beams.sequences[beam, -7:]
         cache = KeyformerCache(model.config, config)
         total = 0.0
         inputs = prompt
@@ -151,7 +155,7 @@ def test_beams_keep_their_own_slots(evicting, padded, settings) -> None:
                 logits = model(inputs, past_key_values=cache).logits[0, -1]
                 total += float(logits.log_softmax(-1)[token])
                 inputs = token[None, None]
-        assert total / 10 == pytest.approx(float(score), abs=1e-4)
+        assert total / 7 == pytest.approx(float(score), abs=1e-5)
 
 
 def test_seed_repeats_and_changes(evicting, padded) -> None:

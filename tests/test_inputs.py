@@ -386,7 +386,7 @@ def test_b2_devices_and_pipes_are_written_to(model_path, tmp_path) -> None:
     pipe, read = tmp_path / "piped" / "stdout", []
     pipe.parent.mkdir()
     os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
     reader.start()
     assert Forked(command, pipe.parent).poll(block=True) == 0
     reader.join(timeout=30)
@@ -401,7 +401,7 @@ def test_b2_devices_and_pipes_are_written_to(model_path, tmp_path) -> None:
 def test_b2_a_named_pipe_stays_one(summarize, tmp_path) -> None:
     pipe, read = tmp_path / "pipe", []
     os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
     reader.start()
     summarize("--save_path", str(pipe))
     reader.join(timeout=30)
@@ -620,16 +620,41 @@ def test_b17_without_the_extras(path: str, without: list[str], says: str | None,
         assert code == 2 and says in line and f"{without[0]} is not installed" in line
 
 
-COMMANDS = ["summarization/summarize.py", "benchmarks/quantized_weights.py", "models/tiny/train.py"]
+def started(*command: str) -> subprocess.CompletedProcess:
+    """What a fresh interpreter says."""
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True)
+
+
+def test_b19_commands_say_nothing_of_torchao() -> None:
+    """transformers imports it wherever it is installed, and it speaks of what is not asked for."""
+    done = started(str(ROOT / "summarization" / "summarize.py"), "--help")
+    assert done.returncode == 0 and done.stderr == ""
+
+
+FIRST = """
+import os, runpy, sys
+class Watch:
+    def find_spec(self, name, *more):
+        if name in ("transformers", "torchao"):
+            os._exit(0 if "keyformer.quiet" in sys.modules else 1)
+sys.meta_path.insert(0, Watch())
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+raise SystemExit("transformers is not imported")
+"""
+"""A script up to its first import of transformers: whether what keeps torchao quiet is there."""
+
+COMMANDS = (
+    *("summarization/summarize.py", "conversation/dialogue.py", "benchmarks/quantized_weights.py"),
+    *("benchmarks/decode.py", "models/tiny/train.py", "paper/table4.py"),
+)
 
 
 @pytest.mark.parametrize("path", COMMANDS)
-def test_b19_commands_say_nothing_of_torchao(path: str) -> None:
-    """transformers imports it wherever it is installed, and it speaks of what is not asked for."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / path), "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stderr == ""
+def test_b19_no_command_imports_transformers_before_it_is_quiet(path: str) -> None:
+    done = started("-c", FIRST, str(ROOT / path), "--help")
+    assert done.returncode == 0, done
 
 
 def test_b19_real_warnings_of_torchao_are_heard(tmp_path) -> None:

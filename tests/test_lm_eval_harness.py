@@ -148,7 +148,7 @@ def test_two_processes_write_what_one_writes(model_path, tmp_path, capsys) -> No
     one, two = tmp_path / "one", tmp_path / "two"
     harness.main([*flags, "--out", str(one)])
     command = [str(HARNESS / "run_lm_eval_harness.py"), *flags, "--out", str(two)]
-    ended = [rank.wait() for rank in forked_ranks(command, tmp_path / "says", 2)]
+    ended = forked_ranks(command, tmp_path / "says", 2)
     assert [code for code, _, _ in ended] == [0, 0], ended
     printed = "".join(out for _, out, _ in ended)
     assert printed.replace(str(two), str(one)) == capsys.readouterr().out
@@ -163,7 +163,7 @@ def test_more_processes_than_documents_are_an_error(model_path, tmp_path, tmp_pa
     says = tmp_path_factory.mktemp("says")
     flags = ["--model_path", model_path, "--tasks", "tiny_copa", "--out", str(tmp_path)]
     command = [str(HARNESS / "run_lm_eval_harness.py"), *flags, "--limit", "1"]
-    for code, _, errors in [rank.wait() for rank in forked_ranks(command, says, 2)]:
+    for code, _, errors in forked_ranks(command, says, 2):
         assert code == 2
         assert "the 1 documents of tiny_copa cannot be shared out over 2 processes" in errors
     assert not list(tmp_path.glob("*"))

@@ -23,7 +23,7 @@ from originals import write_original
 from keyformer import InputError, KeyformerCache, KeyformerConfig, load_model
 from keyformer_evaluation.records.identity import weights_hash
 from keyformer_evaluation.studies.measures import Attention, Likelihood, Rouge, Softmax
-from keyformer_evaluation.studies.study import BUNDLED_MODELS, Study
+from keyformer_evaluation.studies.study import BUNDLED, BUNDLED_MODELS, Study
 from keyformer_evaluation.studies.sweep import Cell, Request, Row, Run, Steps, carry_out, summarize
 from keyformer_evaluation.studies.tables import alike, difference
 from keyformer_evaluation.tasks.data import TASKS
@@ -83,6 +83,8 @@ def test_all_together_are_quick_and_complete(tmp_path) -> None:
     """paper/all.sh --quick: every script writes its files; the model is the first bundled one."""
     flags = ["--quick", "--device", "cpu"]
     shape = {"n_layers": 4, "n_heads": 8}  # as many as fig4 looks at by default
+    # A tokenizer that knows the documents' words: each cell reads fewer tokens.
+    shape |= {"vocab_size": 1500, "texts": "".join(path.read_text() for path in BUNDLED.values())}
     model = write_original(tmp_path / "mpt-7b-keyformer", "mpt", "bin", **shape)
     assert Study("table4", None, flags).flags.model_path == [str(BUNDLED_MODELS[0])]
     out = tmp_path / "out"
