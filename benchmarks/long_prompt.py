@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{row['peak_memory_bytes'] / 2**20:>10.1f}"
         )
     if flags.record:
-        described = {"model": flags.model_name, "method": method, "config": asdict(config)}
+        described = {"model": flags.model_name, "method": method, "config": config.plain()}
         described["dtype"] = dtype_name(model.dtype)
         write_json(flags.record, {**described, **run_record(model.device), "rows": rows})
 

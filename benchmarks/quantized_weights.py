@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +117,7 @@ def measure(
             max_new_tokens=flags.max_new_tokens,
         )
         row: dict[str, Any] = {"model": Path(path).name, "quantize": kind, "method": method}
-        row |= {"weight_bytes": weight_bytes(model), "config": asdict(config)}
+        row |= {"weight_bytes": weight_bytes(model), "config": config.plain()}
         rows.append({**row, **summary(generated, items, TASK)})
     return rows
 

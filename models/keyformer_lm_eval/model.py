@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -447,7 +446,7 @@ class KeyformerLM(HFLM):
             "dtype": str(self.model.dtype),
             **self._loaded,
             "max_length": self.max_length,
-            "config": {**asdict(config), "seed": config.seed if config.draws_noise else None},
+            "config": {**config.plain(), "seed": config.seed if config.draws_noise else None},
             "lm_eval": version("lm_eval"),
             **environment(self.device, __name__),
         }

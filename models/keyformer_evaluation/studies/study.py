@@ -8,7 +8,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -359,5 +359,5 @@ def _flat(row: Row) -> Labels:
 
 def _changed(config: KeyformerConfig) -> Labels:
     """The settings that are not the defaults."""
-    default = asdict(KeyformerConfig())
-    return {name: value for name, value in asdict(config).items() if value != default[name]}
+    default = KeyformerConfig().plain()
+    return {name: value for name, value in config.plain().items() if value != default[name]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,7 +70,7 @@ class Run:
     def job(self, device: torch.device) -> Job:
         """It as work on items, for a process that computes on this device."""
         measure, config = self.measure, self.config
-        settings = {name: plain(value) for name, value in asdict(config).items()}
+        settings = {name: plain(value) for name, value in config.plain().items()}
         if not config.draws_noise:
             settings["seed"] = None
         return Job(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -216,7 +216,7 @@ class Comparison:
                     answered(answers[n].texts[0], self.asked[n].answer) for n in self.common_asked
                 ]
                 figures |= {"questions": len(right), "answered": sum(right)}
-            found.append({**row, "config": asdict(config), **figures})
+            found.append({**row, "config": config.plain(), **figures})
         return found
 
     def show(self, names: Sequence[str], most: int) -> None:
