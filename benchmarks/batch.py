@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from keyformer.config import InputError, KeyformerConfig
-from keyformer_evaluation.speed import Bench, Record, Speed
+from keyformer_evaluation.speed.bench import Bench
+from keyformer_evaluation.speed.script import Speed
+from keyformer_evaluation.speed.timing import Record
 from keyformer_evaluation.tasks.flags import run_main
 
 
@@ -19,8 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if speed.device.type != "cuda":
         raise InputError("the largest batch is that of a GPU's memory, and there is none")
     speed.check_positions(speed.flags.prompt + speed.flags.new)
-    with torch.no_grad():
-        speed.write(rows(speed))
+    speed.write(rows(speed))
 
 
 def rows(speed: Speed) -> Iterator[Record]:

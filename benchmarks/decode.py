@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
-from keyformer_evaluation.speed import STEPS, Record, Speed
+from keyformer_evaluation.speed.latency import STEPS
+from keyformer_evaluation.speed.script import Speed
+from keyformer_evaluation.speed.timing import Record
 from keyformer_evaluation.tasks.flags import run_main
 
 
@@ -18,8 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     speed = Speed("decode", __doc__, argv, folder, batch=(1, 4, 16), prompt=(4096,))
     timed = STEPS * (speed.flags.repeats + 2) + 2
     speed.check_positions(max(speed.flags.prompt) + timed)
-    with torch.no_grad():
-        speed.write(rows(speed))
+    speed.write(rows(speed))
 
 
 def rows(speed: Speed) -> Iterator[Record]:

@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
-from keyformer_evaluation.speed import Record, Speed, longest_text
+from keyformer_evaluation.speed.script import Speed
+from keyformer_evaluation.speed.throughput import longest_text
+from keyformer_evaluation.speed.timing import Record
 from keyformer_evaluation.tasks.flags import run_main
 
 
@@ -32,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     sizes = list(zip(speed.flags.prompt, speed.flags.new, strict=False))
     speed.check_positions(max(longest_text(*size, speed.flags.stretch) for size in sizes))
-    with torch.no_grad():
-        speed.write(rows(speed))
+    speed.write(rows(speed))
 
 
 def rows(speed: Speed) -> Iterator[Record]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from keyformer.cache import KeyformerCache
 from keyformer.config import KeyformerConfig
 from keyformer_evaluation.records.results import (
     check_record,
+    dtype_name,
     peak_memory_bytes,
     run_record,
     write_json,
@@ -45,10 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{row['peak_memory_bytes'] / 2**20:>10.1f}"
         )
     if flags.record:
-        described = {"model": flags.model_name, "method": method, "config": asdict(config)}
-        dtype = {"dtype": str(model.dtype).removeprefix("torch.")}
-        record = {**described, **dtype, **run_record(model.device), "rows": rows}
-        write_json(flags.record, record)
+        described = {"model": flags.model_name, "method": method, "config": config.plain()}
+        described["dtype"] = dtype_name(model.dtype)
+        write_json(flags.record, {**described, **run_record(model.device), "rows": rows})
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,7 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--tokens", nargs="+", type=flag.whole(1, 10**8), default=[2_000, 20_000, 200_000]
     )
     parser.add_argument("--max_new_tokens", type=flag.whole(1), default=16)
-    parser.add_argument("--record", type=Path, help="write the rows and their record as JSON")
+    flag.record_flag(parser)
     return parser.parse_args(argv)
 
 

@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
-from keyformer_evaluation.speed import Record, Speed
+from keyformer_evaluation.speed.script import Speed
+from keyformer_evaluation.speed.timing import Record
 from keyformer_evaluation.tasks.flags import run_main
 
 
@@ -18,8 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths = (1024, 2048, 4096, 8192, 32768)
     speed = Speed("prefill", __doc__, argv, folder, batch=(1,), prompt=lengths)
     speed.check_positions(max(speed.flags.prompt))
-    with torch.no_grad():
-        speed.write(rows(speed))
+    speed.write(rows(speed))
 
 
 def rows(speed: Speed) -> Iterator[Record]:

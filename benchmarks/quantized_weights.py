@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +81,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dataset_path", default=ROOT / "summarization" / "data" / "sample_eval.json"
     )
-    parser.add_argument("--n_obs", type=flag.whole(1), help="items, drawn at random (default: all)")
+    flag.n_obs_flag(parser)
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--dtype", default="float32", help="of all that is not quantized")
     parser.add_argument("--bs", type=flag.whole(1), default=8)
     parser.add_argument("--beam", type=flag.WIDTH, default=1)
     parser.add_argument("--max_new_tokens", type=flag.whole(1), default=TASK.max_new_tokens)
-    parser.add_argument("--record", type=Path, help="write the rows and their record as JSON")
+    flag.record_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -118,7 +117,7 @@ def measure(
             max_new_tokens=flags.max_new_tokens,
         )
         row: dict[str, Any] = {"model": Path(path).name, "quantize": kind, "method": method}
-        row |= {"weight_bytes": weight_bytes(model), "config": asdict(config)}
+        row |= {"weight_bytes": weight_bytes(model), "config": config.plain()}
         rows.append({**row, **summary(generated, items, TASK)})
     return rows
 

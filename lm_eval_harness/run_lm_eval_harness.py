@@ -18,11 +18,13 @@ from keyformer.quantize import weight_bytes
 from keyformer_evaluation.records.processes import processes
 from keyformer_evaluation.records.results import (
     check_record,
+    dtype_name,
     peak_memory_bytes,
     record,
     write_json,
 )
 from keyformer_evaluation.records.store import Store
+from keyformer_evaluation.records.work import told
 from keyformer_evaluation.tasks import flags as flag
 
 try:
@@ -54,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             results = run(flags, lm, manager, method, settings, tracker)
         except KeyboardInterrupt as stop:
-            told = f"finished requests are kept in {store.path}, and the same command goes on"
-            raise type(stop)(told) from stop
+            raise told(stop, "finished requests", store) from stop
         # Of all processes: each has asked its share.
         came = record(store.sources(gather_object(lm.keys)))
         kept = sum(gather_object([lm.kept]))
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model": flags.model_name,
         "method": method,
         "config": settings,
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(lm.model.dtype),
         "quantize": flags.quantize,
         "weight_bytes": weight_bytes(lm.model),
         **{name: getattr(flags, name) for name in ("tasks", "num_fewshot", "limit", "bs", "seed")},

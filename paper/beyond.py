@@ -16,7 +16,7 @@ from pathlib import Path
 
 from keyformer.config import InputError, KeyformerConfig
 from keyformer_evaluation.studies.measures import Likelihood, OnItems
-from keyformer_evaluation.studies.pictures import method_curves
+from keyformer_evaluation.studies.sizes import size_curves
 from keyformer_evaluation.studies.study import KINDS, Panel, Results, Study, run_study
 from keyformer_evaluation.studies.sweep import Cell, Labels, Row, Steps, plain
 from keyformer_evaluation.studies.tables import (
@@ -93,20 +93,15 @@ def main(argv: Sequence[str] | None = None) -> Steps:
     print_tables(results)
     verdict(results, [described(of.config) for of in finalists], searched)
     title = "One score for everything? Settings chosen on other documents"
-    study.write(results, method_curves(results, "kv_cache", "cache, % of the prompt", title))
+    study.write(results, size_curves(results, title))
 
 
 def search_items(study: Study) -> dict[str, list[Item]]:
     """By task, the documents that settings are chosen on."""
     flags = study.flags
     if flags.search_path:
-        if len(flags.search_path) != len(flags.task):
-            raise InputError(
-                f"--search_path must name one file for each --task, got"
-                f" {len(flags.search_path)} for {len(flags.task)}"
-            )
-        paths = zip(flags.task, flags.search_path, strict=True)
-        return {task: load_items(path, TASKS[task]) for task, path in paths}
+        paths = study.by_task("search_path")
+        return {task: load_items(path, TASKS[task]) for task, path in paths.items()}
     if flags.dataset_path:
         raise InputError(
             "--dataset_path needs --search_path: other documents to choose settings on"

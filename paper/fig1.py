@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
-from keyformer_evaluation.speed import Record, Speed, longest_text
+from keyformer_evaluation.speed.script import Speed
+from keyformer_evaluation.speed.throughput import longest_text
+from keyformer_evaluation.speed.timing import Record
 from keyformer_evaluation.studies.pictures import COLORS, Figure
 from keyformer_evaluation.tasks.flags import run_main
 
@@ -31,9 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     longest = max(speed.flags.length)
     speed.check_positions(longest_text(longest // 2, longest - longest // 2, speed.flags.stretch))
-    with torch.no_grad():
-        done = speed.write(rows(speed))
-    speed.draw(picture(done))
+    speed.draw(picture(speed.write(rows(speed))))
 
 
 def rows(speed: Speed) -> Iterator[Record]:

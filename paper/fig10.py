@@ -6,9 +6,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
-from keyformer_evaluation.speed import Record, Speed
+from keyformer_evaluation.speed.script import Speed
+from keyformer_evaluation.speed.timing import Record
 from keyformer_evaluation.studies.pictures import COLORS, Figure
 from keyformer_evaluation.tasks.flags import run_main
 
@@ -19,9 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     folder, lengths = Path(__file__).parent, (1024, 2048, 4096)
     speed = Speed("fig10", __doc__, argv, folder, draws=True, prompt=lengths, batch=1)
-    with torch.no_grad():
-        done = speed.write(rows(speed))
-    speed.draw(picture(done))
+    speed.draw(picture(speed.write(rows(speed))))
 
 
 def rows(speed: Speed) -> Iterator[Record]:

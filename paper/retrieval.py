@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from keyformer_evaluation.studies.measures import Answered
-from keyformer_evaluation.studies.pictures import draw_grid, method_curves, panels
-from keyformer_evaluation.studies.sizes import RIVALS, cells, compared_flags
+from keyformer_evaluation.studies.pictures import draw_grid, panels
+from keyformer_evaluation.studies.sizes import RIVALS, cells, compared_flags, size_curves
 from keyformer_evaluation.studies.study import (
     ARTICLES,
     BUNDLED_MODELS,
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
     results = with_differences(results, RIVALS)
     print_tables(results)
     title = "Answers to questions after eviction"
-    study.write(results, method_curves(results, "kv_cache", "cache, % of the prompt", title))
+    study.write(results, size_curves(results, title))
     mapped = {
         panel: rows
         for model in study.models

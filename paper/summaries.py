@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer_evaluation.studies.measures import SUMMARIES
-from keyformer_evaluation.studies.pictures import method_curves
-from keyformer_evaluation.studies.sizes import RIVALS, cells, compared_flags
+from keyformer_evaluation.studies.sizes import RIVALS, cells, compared_flags, size_curves
 from keyformer_evaluation.studies.study import Study, run_study
 from keyformer_evaluation.studies.sweep import Steps
 from keyformer_evaluation.studies.tables import print_tables, with_differences
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
     results = with_differences(results, RIVALS)
     print_tables(results)
     title = "Methods by the size of the cache"
-    study.write(results, method_curves(results, "kv_cache", "cache, % of the prompt", title))
+    study.write(results, size_curves(results, title))
 
 
 if __name__ == "__main__":

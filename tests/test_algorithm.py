@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import Head, rotate
 from transformers import PreTrainedConfig
 
-import keyformer.attention
+import keyformer.backends.torch
 from keyformer import KeyformerCache, KeyformerConfig
 from keyformer.config import METHODS
 from keyformer.score import temperature
@@ -53,7 +53,7 @@ cases = st.builds(
 def test_equals_literal_algorithm(case: Case, chunk: int) -> None:
     """Outputs, kept positions and scores of every head after every forward."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(keyformer.attention.CHUNK_ELEMENTS, "cpu", chunk)
+        patched.setitem(keyformer.backends.torch.CHUNK_ELEMENTS, "cpu", chunk)
         check_against_oracle(case)
 
 

@@ -32,7 +32,7 @@ from keyformer import (
     enable_keyformer,
     load_model,
 )
-from keyformer.attention import CHUNK_ELEMENTS
+from keyformer.backends.torch import CHUNK_ELEMENTS
 from keyformer.served import MOVABLE
 
 

@@ -9,7 +9,11 @@ import torch
 from conftest import script
 
 from keyformer import InputError, KeyformerConfig
-from keyformer_evaluation.speed import ENGINES, FIRST, SHAPES, STOCK_CHUNK, Bench, Speed
+from keyformer_evaluation.speed.bench import Bench
+from keyformer_evaluation.speed.engines import ENGINES
+from keyformer_evaluation.speed.script import Speed
+from keyformer_evaluation.speed.shapes import SHAPES
+from keyformer_evaluation.speed.throughput import FIRST, STOCK_CHUNK
 
 SCRIPTS = {
     ("benchmarks", "decode"): (["--prompt", "24", "--batch", "2"], len(ENGINES)),

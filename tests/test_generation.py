@@ -10,7 +10,7 @@ import torch
 from conftest import LargestTensor
 from transformers import DynamicCache, set_seed
 
-import keyformer.attention
+import keyformer.backends.torch
 from keyformer import InputError, KeyformerCache, KeyformerConfig, enable_keyformer
 from keyformer.config import METHODS
 
@@ -267,7 +267,7 @@ def test_budget_beyond_the_prompt_fills_up(evicting) -> None:
 
 
 def test_no_tensor_grows_with_the_square_of_the_prompt(evicting, monkeypatch) -> None:
-    monkeypatch.setitem(keyformer.attention.CHUNK_ELEMENTS, "cpu", 2**16)
+    monkeypatch.setitem(keyformer.backends.torch.CHUNK_ELEMENTS, "cpu", 2**16)
     model = evicting(KeyformerConfig(kv_cache=50, seed=0))
     n = 1200
     with torch.no_grad(), LargestTensor() as largest:

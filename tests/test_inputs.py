@@ -21,7 +21,7 @@ from rouge_score.tokenizers import DefaultTokenizer
 
 from keyformer import InputError
 from keyformer_evaluation.records import results
-from keyformer_evaluation.speed import Speed
+from keyformer_evaluation.speed.script import Speed
 from keyformer_evaluation.studies.study import Study
 from keyformer_evaluation.tasks.data import TASKS, load_items
 from keyformer_evaluation.tasks.flags import run_main

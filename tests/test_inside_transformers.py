@@ -33,7 +33,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, eager_atten
 import keyformer.replay
 from keyformer import InputError, KeyformerCache, KeyformerConfig, disable_keyformer
 from keyformer import enable_keyformer as enable
-from keyformer.interface import LayerConfig
+from keyformer.compat import LayerConfig
 
 FULL = KeyformerConfig.preset("full")
 HALF = KeyformerConfig.preset("h2o", kv_cache=50)

@@ -20,14 +20,15 @@ from test_kernels import DEVICE, check_same, no_gradients, with_backend  # noqa:
 from torch.nn import functional
 from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
 
-from keyformer import KeyformerCache, KeyformerConfig, kernels
-from keyformer.attention import Tokens
+from keyformer import KeyformerCache, KeyformerConfig, backends
+from keyformer.attention import AttentionSpec, Tokens
 from keyformer.cache import KeyformerLayer
 from keyformer.kernels import norm, prefill
 from keyformer.kernels.rotary import rotate_neighbours
 from keyformer.kernels.tiles import FARTHEST, readable, slot_tile
 from keyformer.precision import dequantize, quantize
 from keyformer.score import Scorer
+from keyformer.text import Span
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -66,7 +67,7 @@ OWN = [layout for layout in LAYOUTS if layout is not expanded]
 
 def lay_out(layer: KeyformerLayer, first: int) -> None:
     """What slots hold, each in another layout."""
-    for number, name in enumerate(KeyformerLayer._per_slot):
+    for number, name in enumerate(KeyformerLayer.per_slot):
         layout = OWN[(first + number) % len(OWN)]
         setattr(layer, name, layout(getattr(layer, name)))
 
@@ -126,13 +127,14 @@ def test_a15_positions_and_places_that_differ_in_layout(held: int) -> None:
     read = Tokens(*slots, at[..., :held], transposed(at[..., :held]))
     given = Tokens(*new, at[..., held:], transposed(at[..., held:] + 3))
     slopes = every_other(torch.rand(2 * kv_heads, device=DEVICE))
-    scorer = Scorer(KeyformerConfig(seed=1), 1, 0, 1.5)
-    options = {"scale": 0.3, "alibi_slopes": slopes, "scorer": scorer}
+    spec, span = AttentionSpec(0.3, slopes), Span(given.positions[:, 0], given.places[:, 0])
     expected, got = (
-        kernels.attention(backend, query, read, given, **options) for backend in ("torch", "triton")
+        backends.prefill(config, query, read, given, spec, Scorer(config, 1, 0, 1.5), span=span)
+        for config in (KeyformerConfig(seed=1, backend=name) for name in ("torch", "triton"))
     )
-    for name in ("output", "positions", "scores"):
-        assert torch.allclose(getattr(got, name), getattr(expected, name), atol=1e-4), name
+    assert torch.equal(got.positions, expected.positions)
+    assert torch.allclose(got.output, expected.output, atol=1e-4)
+    assert torch.allclose(*got.received, *expected.received, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -180,7 +182,7 @@ def test_a15_reordering(first: int) -> None:
         cache.text.shared = transposed(cache.text.shared)
         cache.reorder_cache(parents)
         caches.append(cache)
-    for name in KeyformerLayer._per_slot:
+    for name in KeyformerLayer.per_slot:
         ours, theirs = (getattr(cache.layers[0], name) for cache in caches)
         assert torch.allclose(ours, theirs, atol=1e-5), name
 
@@ -208,7 +210,7 @@ def test_a21_far_apart(dim: int) -> None:
         for cache, _, output in one.run():  # noqa: B007
             outputs.append(output)
         layer = cache.layers[0]
-        ends.append([*outputs, *(getattr(layer, name) for name in KeyformerLayer._per_slot)])
+        ends.append([*outputs, *(getattr(layer, name) for name in KeyformerLayer.per_slot)])
     assert all(map(torch.equal, *ends))
 
 
@@ -278,7 +280,7 @@ def test_a21_softmaxes_of_heads_far_apart(monkeypatch) -> None:
         "normal": torch.empty(2**31 + 64, device=DEVICE),
         "hashes": torch.empty(2**31 + 64, dtype=torch.int32, device=DEVICE),
     }
-    for name in ("_attend", "_score"):
+    for name in ("attend", "score"):
         monkeypatch.setattr(prefill, name, Changed(getattr(prefill, name), **apart))
     assert all(map(torch.equal, run(), expected))
 
@@ -290,12 +292,12 @@ def _read(
     scales,
     start,
     KIND: tl.constexpr,
-    GROUPS: tl.constexpr,
+    SCALES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
 ):
     tile = slot_tile(
-        elements, scales, start, start + 2, tl.float32, KIND, GROUPS, HEAD_DIM, DIM_BLOCK, 16
+        elements, scales, start, start + 2, tl.float32, KIND, SCALES, HEAD_DIM, DIM_BLOCK, 16
     )
     slot, dim = tl.arange(0, 16)[:, None], tl.arange(0, DIM_BLOCK)[None, :]
     tl.store(out + slot * HEAD_DIM + dim, tile, mask=(slot < 2) & (dim < HEAD_DIM))

@@ -140,7 +140,7 @@ def test_a19_program_ids_turned_round(monkeypatch, tmp_path, settled: int) -> No
                 outputs.append(output)
         layer = cache.layers[0]
         assert not layer.finished.any()
-        ends.append([*outputs, *(getattr(layer, name) for name in KeyformerLayer._per_slot)])
+        ends.append([*outputs, *(getattr(layer, name) for name in KeyformerLayer.per_slot)])
     assert all(map(torch.equal, *ends))
 
 
@@ -379,7 +379,7 @@ def test_reordering_equals_a_copy_of_every_row(
             next(run)
         caches[backend] = cache
     for layers in zip(*(cache.layers for cache in caches.values()), strict=True):
-        for name in KeyformerLayer._per_slot:
+        for name in KeyformerLayer.per_slot:
             ours, theirs = (getattr(layer, name) for layer in layers)
             assert torch.allclose(ours, theirs, atol=1e-5), name
 
@@ -564,21 +564,21 @@ def test_where_kernels_cannot_run(monkeypatch) -> None:
     def query(**options) -> torch.Tensor:
         return torch.zeros(1, 1, 1, options.pop("head_dim", 64), device=DEVICE, **options)
 
-    assert keyformer.kernels.run_on("triton", query())
+    assert keyformer.backends.on_kernels("triton", query())
     # The interpreter is slow: without a GPU auto is the torch backend.
-    assert keyformer.kernels.run_on("auto", query()) == (DEVICE == "cuda")
-    assert not keyformer.kernels.run_on("torch", query())
+    assert keyformer.backends.on_kernels("auto", query()) == (DEVICE == "cuda")
+    assert not keyformer.backends.on_kernels("torch", query())
     for impossible, others, reason in (
         (query(dtype=torch.float64), {}, "float64"),
         (query(head_dim=320), {}, "320"),
         (query(), {"softcap": 30.0, "window": None}, "softcap is 30"),
     ):
         with pytest.raises(InputError, match=reason):
-            keyformer.kernels.run_on("triton", impossible, **others)
+            keyformer.backends.on_kernels("triton", impossible, **others)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(InputError, match="on cpu"):
-        keyformer.kernels.run_on("triton", query().cpu())
+        keyformer.backends.on_kernels("triton", query().cpu())
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(keyformer.kernels, "INSTALLED", False)
+        patched.setattr(keyformer.backends.choice, "INSTALLED", False)
         with pytest.raises(InputError, match="not installed"):
-            keyformer.kernels.run_on("triton", query())
+            keyformer.backends.on_kernels("triton", query())

@@ -1,9 +1,10 @@
-"""The README's Python runs as it stands."""
+"""The Python of README and of the researcher's guide runs as it stands."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from families import small_model
 from originals import write_tokenizer
@@ -29,3 +30,20 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys) -> None:
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert "bridge" in capsys.readouterr().out
+
+
+def test_the_guides_rule_and_policy_run(monkeypatch) -> None:
+    """On the bundled model: what the rule keeps of the prompt, and the policy's slots."""
+    text = (ROOT / "models" / "README.md").read_text()
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "models/README.md", "exec"), names)
+    read = names["prompt"]["input_ids"].shape[1]
+    k = int(read * 0.3)
+    w = int(k * 0.3)
+    kept = names["kept"].tolist()
+    assert len(kept) == k and kept[-w:] == list(range(read + 9 - w, read + 9))
+    assert min(kept) < read - w  # key tokens of the prompt, too
+    slots = names["slots"]
+    assert slots[0] == w + (k - w) // 2 and slots == sorted(slots) and slots[-1] > k

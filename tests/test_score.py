@@ -75,7 +75,7 @@ def test_score_is_equation_9_summed_over_queries(tau: float, schedule: str) -> N
     places = torch.arange(8)
     queries, keys = places[None, 5:8], places[None, None].expand(1, 2, 8)
     config = KeyformerConfig(noise_schedule=schedule, forgetting=0.75)
-    got = Scorer(config, 11, 4, tau, 0.5)(logits, queries, keys, torch.tensor([9]))
+    (got,) = Scorer(config, 11, 4, tau, 0.5)(logits, queries, keys, torch.tensor([9]))
     drawn_at = queries if schedule == "fresh" else 0 * queries
     zeta = noise("gumbel", 11, 4, 2, drawn_at, keys)
     for head in range(2):
@@ -95,15 +95,16 @@ def test_padding_gives_no_score() -> None:
     queries, keys = torch.tensor([[-1, -1, 4, 5]]), torch.arange(6)[None, None]
     last = torch.tensor([5])
     scorer = Scorer(KeyformerConfig(forgetting=0.5), 0, 0, 1.0)
-    real = scorer(logits[..., 2:, :], queries[:, 2:], keys, last)
-    assert torch.allclose(scorer(logits, queries, keys, last), real)
+    (real,) = scorer(logits[..., 2:, :], queries[:, 2:], keys, last)
+    (padded,) = scorer(logits, queries, keys, last)
+    assert torch.allclose(padded, real)
 
 
 def test_a_constant_changes_no_score() -> None:
     """Softmax does not see a constant, whatever Table 4 of the paper says."""
     logits, places = torch.randn(1, 2, 1, 3, 8), torch.arange(8)
     keys = places[None, None].expand(1, 2, 8)
-    with_constant, without = (
+    (with_constant,), (without,) = (
         Scorer(KeyformerConfig(noise=kind), 0, 0, 1.5)(logits, places[None, 5:8], keys, places[7:])
         for kind in ("constant", "none")
     )

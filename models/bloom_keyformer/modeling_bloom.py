@@ -18,14 +18,8 @@ from transformers.models.bloom.modeling_bloom import (
 from keyformer.cache import KeyformerCache
 from keyformer.call import CALL
 from keyformer.checkpoint import check_fields
-from keyformer.modeling import (
-    KeyformerGenerationMixin,
-    KeyformerModelMixin,
-    Patches,
-    attend,
-    dropout_rate,
-    patch,
-)
+from keyformer.compat import KeyformerGenerationMixin, Patches, patch
+from keyformer.modeling import KeyformerModelMixin, attend, dropout_rate
 
 
 class BloomKeyformerAttention(BloomAttention):

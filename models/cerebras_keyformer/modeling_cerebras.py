@@ -9,14 +9,8 @@ from transformers import Cache, GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2LMHeadModel, GPT2Model
 
 from keyformer.cache import KeyformerCache
-from keyformer.modeling import (
-    FUSED_GELU,
-    KeyformerGenerationMixin,
-    KeyformerModelMixin,
-    Patches,
-    attend,
-    patch,
-)
+from keyformer.compat import KeyformerGenerationMixin, Patches, patch
+from keyformer.modeling import FUSED_GELU, KeyformerModelMixin, attend
 
 
 class CerebrasKeyformerAttention(GPT2Attention):

@@ -21,15 +21,9 @@ from transformers.models.falcon.modeling_falcon import (
 from keyformer.cache import KeyformerCache
 from keyformer.call import CALL
 from keyformer.checkpoint import check_fields
+from keyformer.compat import KeyformerGenerationMixin, Patches, patch
 from keyformer.interface import InterfaceModelMixin, unrotated
-from keyformer.modeling import (
-    KeyformerGenerationMixin,
-    KeyformerModelMixin,
-    Patches,
-    attend,
-    dropout_rate,
-    patch,
-)
+from keyformer.modeling import KeyformerModelMixin, attend, dropout_rate
 
 
 class FalconKeyformerAttention(FalconAttention):

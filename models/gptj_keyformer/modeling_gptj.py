@@ -15,19 +15,12 @@ from transformers.models.gptj.modeling_gptj import (
     GPTJModel,
 )
 
-from keyformer import kernels
+from keyformer import backends
 from keyformer.attention import Rotary
 from keyformer.cache import KeyformerCache
 from keyformer.checkpoint import check_fields
-from keyformer.modeling import (
-    FUSED_GELU,
-    KeyformerGenerationMixin,
-    KeyformerModelMixin,
-    Patches,
-    attend,
-    dropout_rate,
-    patch,
-)
+from keyformer.compat import KeyformerGenerationMixin, Patches, patch
+from keyformer.modeling import FUSED_GELU, KeyformerModelMixin, attend, dropout_rate
 
 
 class GPTJKeyformerAttention(GPTJAttention):
@@ -101,7 +94,7 @@ class GPTJKeyformerAttention(GPTJAttention):
         """
         if self.embed_positions.device != x.device:  # no parameter, so it stayed behind
             self.embed_positions = self.embed_positions.to(x.device)
-        if kernels.run_on(backend, x):
+        if backends.on_kernels(backend, x):
             from keyformer.kernels import rotary
 
             return rotary.rotate_neighbours(x, self.embed_positions, places)

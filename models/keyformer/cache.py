@@ -1,441 +1,25 @@
-"""KeyformerCache: a fixed number of slots in each layer and head, and what fills them.
-
-Nothing is moved. Tokens that lose their place, by the rule of :mod:`keyformer.eviction`, are
-overwritten by those that come in.
-"""
+"""KeyformerCache: the layers of a whole model, as transformers knows a cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from keyformer import kernels
-from keyformer.attention import Attended, Rotary, Tokens
+from keyformer import backends
+from keyformer.attention import Attended, AttentionSpec
 from keyformer.call import CALL
 from keyformer.config import InputError, KeyformerConfig
-from keyformer.eviction import EMPTY, Eviction, known_positions
-from keyformer.precision import dequantize, quantize
+from keyformer.layer import KeyformerLayer
 from keyformer.score import Scorer, temperature
 from keyformer.text import Columns, Text, make_writable
 
-GROWTH = 64
-"""Slots added at a time while the text is shorter than the budget."""
-
 Observer = Callable[[int, Tensor, Attended], None]
 """Called with layer index, query positions (batch, tokens) and what they attended to."""
-
-
-class KeyformerLayer(CacheLayerMixin):
-    """The slots of one layer.
-
-    Parameters
-    ----------
-    config
-        The method and its settings.
-    text
-        What layers of this kind count alike.
-    window
-        Tokens that the model lets a query of this layer see, itself included, so that no
-        other can be of use; None if it sees all.
-
-    Attributes
-    ----------
-    length
-        How much of the text this layer has been given.
-    keys, values
-        (batch, kv_heads, slots, head_dim), the model's dtype; or, quantized, the elements that
-        :func:`keyformer.precision.quantize` gives.
-    key_scales, value_scales
-        (batch, kv_heads, slots, groups) float16, their scales; no groups if not quantized.
-    positions
-        (batch, kv_heads, slots) int64, position in the text, -1 for an empty slot; the slots
-        of a head fill in their order. A token at p that the attention mask hides has -2 - p: it
-        is not seen and the first to leave, and may be shown again until then.
-    scores
-        (batch, kv_heads, slots) float32, accumulated f_theta (section 3.3.2).
-    finished
-        (batch, kv_heads, kernels.COUNTS) int32, zeros: the decode kernel's programs count
-        themselves here.
-    """
-
-    is_sliding = False
-    _per_slot = ("keys", "key_scales", "values", "value_scales", "positions", "scores")
-    _in_place = (*_per_slot, "finished")
-
-    def __init__(self, config: KeyformerConfig, text: Text, window: int | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.text = text
-        self.window = window
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.is_initialized = False
-        self.length = 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take batch size, heads, dtype and device from the first keys; no slots yet."""
-        batch, heads, _, _ = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        none = slice(0, 0)
-        self.keys, self.key_scales = self._quantized(key_states[:, :, none])
-        self.values, self.value_scales = self._quantized(value_states[:, :, none])
-        self.positions = torch.zeros(batch, heads, 0, dtype=torch.int64, device=self.device)
-        self.scores = torch.zeros(batch, heads, 0, device=self.device)
-        self._count_from_zero()
-        self.is_initialized = True
-
-    def place(self, key: Tensor, value: Tensor) -> Tokens:
-        """The tokens that the text has just taken, with their keys and values in this layer.
-
-        Parameters
-        ----------
-        key, value
-            (batch, kv_heads, tokens, head_dim) of the new tokens.
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(key, value)
-        make_writable(self, self._in_place)
-        text = self.text.on(self.device)
-        self.length = text.length
-        if text.columns.changed:
-            self._hide()
-        places, columns = self._places(text.positions, text.places), text.columns
-        if self._counts_columns and columns.length == text.length:  # of no part of a prompt
-            own = torch.arange(text.length - key.shape[2], text.length, device=self.device)
-            places = torch.where(places < 0, own, places)
-        positions, places = (
-            numbers[:, None].expand(key.shape[:3]) for numbers in (text.positions, places)
-        )
-        return Tokens(key, value, positions, places)
-
-    @property
-    def _counts_columns(self) -> bool:
-        """Whether padding counts for how far the model's window reaches, as in transformers."""
-        columns = self.text.columns
-        plain = columns.even and columns.ends_real
-        return self.window is not None and self.config.never_evicts and not plain
-
-    def _places(self, positions: Tensor, otherwise: Tensor) -> Tensor:
-        """Where tokens at positions (batch, ...) stand for ALiBi and the model's window.
-
-        That they are elsewhere than ``otherwise`` takes padding between tokens, or hidden ones.
-        """
-        columns = self.text.columns
-        if self.config.positions == "original":
-            if columns.places is not None:
-                return columns.place_of(positions)
-            if self._counts_columns:
-                return columns.of(positions)
-        return otherwise
-
-    def _hide(self) -> None:
-        """Let the attention mask that was taken last hide tokens, or show them again."""
-        known = known_positions(self.positions)
-        unseen = torch.where(known < 0, known, -2 - known)
-        shown = self.text.columns.shows(known)
-        self.positions.copy_(torch.where(shown & (known >= 0), known, unseen))
-
-    def attend(
-        self,
-        query: Tensor,
-        new: Tokens,
-        scorer: Scorer | None,
-        *,
-        scale: float,
-        alibi_slopes: Tensor | None = None,
-        softcap: float | None = None,
-        rotary: Rotary | None = None,
-        output_weights: bool = False,
-    ) -> Attended:
-        """Attend to the slots and the new tokens, and add up scores; :meth:`admit` follows.
-
-        Parameters
-        ----------
-        query
-            (batch, heads, tokens, head_dim) of the new tokens.
-        new
-            What :meth:`place` gave for them.
-        scorer, scale, alibi_slopes, softcap, output_weights
-            See :func:`keyformer.attention.attention`.
-        rotary
-            Rotates queries and keys to their places. Where the place of a token changes as
-            others leave, its key is stored unrotated and rotated whenever it is read.
-        """
-        query, slots, read, new = self._read(query, new, rotary)
-        attended = kernels.attention(
-            self.config.backend,
-            query,
-            slots,
-            read,
-            scale=scale,
-            alibi_slopes=alibi_slopes,
-            softcap=softcap,
-            window=self.window,
-            scorer=scorer,
-            span=self.text.on(self.device).span,
-            output_weights=output_weights,
-            mask=self._odd_mask(prompt=True),
-        )
-        held = self.scores.shape[-1]
-        if attended.scores is None:
-            new_scores = torch.zeros_like(new.positions, dtype=torch.float32)
-        else:
-            new_scores = attended.scores[..., held:]
-        if held:
-            if attended.scores is not None:
-                queries = (new.positions[:, :1] >= 0).sum(dim=-1, keepdim=True)
-                self.scores.mul_(self.config.forgetting**queries).add_(attended.scores[..., :held])
-            self._grow()
-        self._arrivals = new, new_scores, attended.output.requires_grad
-        return attended
-
-    def step(
-        self,
-        query: Tensor,
-        new: Tokens,
-        scorer: Scorer | None,
-        tau: Tensor,
-        *,
-        scale: float,
-        alibi_slopes: Tensor | None = None,
-        rotary: Rotary | None = None,
-    ) -> Tensor:
-        """:meth:`attend` and :meth:`admit` of one new token a sequence, by the decode kernels.
-
-        Nothing waits for the device and nothing is allocated that outlives the step, so it can
-        be captured and replayed. Shared scores decide later, in :meth:`admit`.
-
-        Parameters
-        ----------
-        tau
-            () float32: the temperature, in place of the scorer's.
-
-        Returns
-        -------
-        Tensor
-            The heads' output, (batch, heads, 1, head_dim).
-        """
-        from keyformer.kernels import decode
-
-        self._grow()
-        query, slots, read, new = self._read(query, new, rotary, as_stored=True)
-        evicts = self.config.score == "per_layer"
-        output, new_scores = decode.step(
-            self,
-            query,
-            slots,
-            read,
-            new,
-            scorer,
-            tau,
-            scale=scale,
-            alibi_slopes=alibi_slopes,
-            evicts=evicts,
-        )
-        if not evicts:
-            self._arrivals = new, new_scores, False
-        return output
-
-    def steps_on_kernels(self, query: Tensor, softcap: float | None) -> bool:
-        """Whether :meth:`step` can stand for :meth:`attend` and :meth:`admit`."""
-        return self.text.step > 0 and kernels.run_on(
-            self.config.backend,
-            query,
-            softcap=softcap,
-            window=self.window,
-            mask=self._odd_mask(prompt=False),
-        )
-
-    def _odd_mask(self, prompt: bool) -> str | None:
-        """What the attention mask does that the kernels do not know; None if they know it."""
-        columns = self.text.columns
-        if columns.hides:
-            return "one that hides earlier tokens"
-        if prompt and not columns.new_even:
-            return "one with holes"
-        # They serve tokens alone, not what follows the last, unless just they are asked for.
-        ends_in_padding = prompt and not columns.ends_real and self.config.backend == "auto"
-        return "one that ends in padding" if ends_in_padding else None
-
-    def _read(
-        self, query: Tensor, new: Tokens, rotary: Rotary | None, as_stored: bool = False
-    ) -> tuple[Tensor, Tokens, Tokens, Tokens]:
-        """Query, slots and new tokens as attention reads them, and the new as they are stored.
-
-        Where it reads the slots ``as_stored`` they are quantized, unless they are rotated first.
-        """
-        moving = self.config.positions == "new"
-        places = _order(self.positions) if moving else self._places(self.positions, self.positions)
-        as_stored &= rotary is None or not moving
-        keys, values = (self.keys, self.values) if as_stored else self.read()
-        slots = Tokens(keys, values, self.positions, places)
-        if rotary is None:
-            return query, slots, new, new
-        heads = query.shape[1]
-        turned = rotary(torch.cat([query, new.keys], dim=1), new.places[:, :1])
-        query, read = turned[:, :heads], replace(new, keys=turned[:, heads:])
-        if moving:
-            return query, slots.rotated(rotary), read, new
-        return query, slots, read, read
-
-    @property
-    def all_scores(self) -> Tensor:
-        """Scores of the slots and, after them, of the tokens that :meth:`admit` will place."""
-        return torch.cat([self.scores, self._arrivals[1]], dim=-1)
-
-    def admit(self, ranked_by: Tensor) -> None:
-        """Write the tokens just attended that stay over the slots of those that leave.
-
-        As many slots leave as new tokens stay, head by head, so the two masks pair up.
-
-        Parameters
-        ----------
-        ranked_by
-            The scores that decide, of the shape of :attr:`all_scores`.
-        """
-        new, new_scores, differentiates = self._arrivals
-        del self._arrivals
-        if not self.positions.shape[-1]:
-            self._fill(new, new_scores, ranked_by)
-            return
-        slots, tokens = self.positions.shape[-1], new.positions.shape[-1]
-        positions = torch.cat([self.positions, new.positions], dim=-1)
-        freed, staying, any_stay = self._rule.exchange(positions, ranked_by, slots)
-
-        if differentiates:
-            # Gradients need what was there: slots are made anew, not written over.
-            source = torch.arange(slots, device=self.device).expand(*freed.shape[:2], -1)
-            source = source.scatter(-1, freed, torch.where(any_stay, slots + staying, freed))
-            every = torch.arange(tokens, device=self.device).expand(*freed.shape[:2], -1)
-            for name, one in self._stored(new, new_scores, every).items():
-                joined = torch.cat([getattr(self, name), one], dim=2)
-                setattr(self, name, joined.gather(2, _across(source, joined)))
-            return
-        for name, one in self._stored(new, new_scores, staying).items():
-            held = getattr(self, name)
-            # Where no token stays, the first slot is written over by itself.
-            to = _across(freed, held)
-            held.scatter_(2, to, torch.where(_across(any_stay, one), one, held.gather(2, to)))
-
-    def _fill(self, new: Tokens, new_scores: Tensor, ranked_by: Tensor) -> None:
-        """:meth:`admit` where there are no slots yet: the best of the new tokens, in their order.
-
-        What the rule comes to without any slot to free, for a fraction of the work.
-        """
-        wanted = self._wanted()
-        staying = self._rule.chosen(new.positions, ranked_by, wanted)
-        empty = staying == new.positions.shape[-1]
-        stored = self._stored(new, new_scores, staying.masked_fill(empty, 0))
-        stored["positions"].masked_fill_(empty, EMPTY)
-        for name, held in stored.items():
-            setattr(self, name, _with_slots(held, wanted, name))
-
-    @property
-    def _rule(self) -> Eviction:
-        return Eviction(self.config, self.text.on(self.device), self.window)
-
-    def _stored(self, new: Tokens, new_scores: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """What slots hold of the new tokens ``index`` (batch, kv_heads, count), by attribute."""
-        keys, values, positions, scores = (
-            tensor.gather(2, _across(index, tensor))
-            for tensor in (new.keys, new.values, new.positions, new_scores)
-        )
-        held = (*self._quantized(keys), *self._quantized(values), positions, scores)
-        return dict(zip(self._per_slot, held, strict=True))
-
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the slots, (batch, kv_heads, slots, head_dim) in the model's dtype."""
-        kind = self.config.cache_dtype
-        return (
-            dequantize(self.keys, self.key_scales, kind, self.dtype),
-            dequantize(self.values, self.value_scales, kind, self.dtype),
-        )
-
-    def _count_from_zero(self) -> None:
-        shape = (*self.positions.shape[:2], kernels.COUNTS)
-        self.finished = torch.zeros(shape, dtype=torch.int32, device=self.device)
-
-    def _quantized(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        return quantize(vectors, self.config.cache_dtype)
-
-    def _wanted(self) -> int:
-        """Slots for every token so far, up to the largest budget."""
-        text = self.text
-        wanted = min(text.largest_budget, max(text.length, text.reserved))
-        if text.reserved < wanted:
-            wanted = min(text.largest_budget, -(-wanted // GROWTH) * GROWTH)
-        return wanted
-
-    def _grow(self) -> None:
-        """Add the slots that are wanted, empty."""
-        wanted = self._wanted()
-        if wanted > self.positions.shape[-1]:
-            for name in self._per_slot:
-                setattr(self, name, _with_slots(getattr(self, name), wanted, name))
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        """Refuse a model that would append keys without evicting."""
-        raise TypeError(
-            "a KeyformerCache evicts inside attention and this model's attention does not call"
-            " it; load the model with keyformer.load_model or pass it to enable_keyformer"
-        )
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included: what transformers' position arithmetic expects."""
-        return self.text.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of a mask over every token seen and the new ones."""
-        return self.text.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No maximum: any number of tokens can flow through the slots."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.13
-
-    def memory_bytes(self) -> int:
-        """Bytes of the slots: keys and values with their scales, positions and scores."""
-        if not self.is_initialized:
-            return 0
-        return sum(getattr(self, name).nbytes for name in self._per_slot)
-
-    def _select(self, index: Tensor) -> None:
-        if self.is_initialized:
-            for name in self._per_slot:
-                setattr(self, name, getattr(self, name).index_select(0, index.to(self.device)))
-            self._count_from_zero()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Give beam i the slots of beam ``beam_idx[i]``, positions and scores with them."""
-        self._select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences ``indices``."""
-        self._select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence ``repeats`` times in place."""
-        batch = self.keys.shape[0] if self.is_initialized else 0
-        self._select(torch.arange(batch).repeat_interleave(repeats))
-
-    def empty(self, seen: Tensor) -> None:
-        """Empty the slots of all tokens from positions ``seen`` (batch,) on."""
-        if self.is_initialized:
-            make_writable(self, self._in_place)
-            known = known_positions(self.positions)
-            later = known >= seen.to(self.device)[:, None, None]
-            self.positions.masked_fill_(later, EMPTY)
-            self.scores.masked_fill_(later, 0)
-            self.length = self.text.length
 
 
 def model_windows(model_config: PreTrainedConfig) -> list[int | None]:
@@ -447,30 +31,6 @@ def model_windows(model_config: PreTrainedConfig) -> list[int | None]:
     if kinds is None:
         return [window] * config.num_hidden_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def _across(index: Tensor, vectors: Tensor) -> Tensor:
-    """``index`` (batch, kv_heads, count) for every element of vectors, or of single numbers."""
-    rest = (None,) * (vectors.ndim - 3)
-    return index[(..., *rest)].expand(*index.shape, *vectors.shape[3:])
-
-
-def _with_slots(held: Tensor, slots: int, name: str) -> Tensor:
-    """The same with empty slots added: ``slots`` in all."""
-    if held.shape[2] == slots:
-        return held
-    rest = (0, 0) * (held.ndim - 3)
-    empty = EMPTY if name == "positions" else 0
-    return torch.nn.functional.pad(held, (*rest, 0, slots - held.shape[2]), value=empty)
-
-
-def _order(positions: Tensor) -> Tensor:
-    """The rank of each position among those of its head, -1 for an empty slot."""
-    order = positions.argsort(dim=-1)
-    counting = torch.arange(positions.shape[-1], device=positions.device).expand_as(order)
-    ranks = torch.empty_like(positions).scatter_(-1, order, counting)
-    empty = positions < 0
-    return (ranks - empty.sum(dim=-1, keepdim=True)).masked_fill(empty, -1)
 
 
 class KeyformerCache(Cache):
@@ -540,12 +100,15 @@ class KeyformerCache(Cache):
             for window in windows
             if window and is_hybrid
         }
+        evicting = [number for number, window in enumerate(windows) if window not in texts]
         super().__init__(
             layers=[
                 KeyformerLayer(keep_all, texts[window], window)
                 if window in texts
-                else KeyformerLayer(config, self.text, window)
-                for window in windows
+                else KeyformerLayer(
+                    config, self.text, window, (evicting.index(number), len(evicting))
+                )
+                for number, window in enumerate(windows)
             ]
         )
         self.texts = (self.text, *texts.values())
@@ -570,18 +133,16 @@ class KeyformerCache(Cache):
         layer_idx: int,
         real: Tensor,
         *,
-        scale: float,
-        alibi_slopes: Tensor | None = None,
-        softcap: float | None = None,
-        rotary: Rotary | None = None,
         output_weights: bool = False,
+        **spec: Any,
     ) -> Attended:
         """Attention of one layer's new tokens, with scoring and eviction.
 
         The counterpart of ``Cache.update`` for a model that evicts; arguments and result are
         those of :meth:`Text.take`, :meth:`KeyformerLayer.place` and
         :meth:`KeyformerLayer.attend`. ``real`` is also counted into :attr:`columns`, unless
-        that was done.
+        that was done. ``spec`` has what :class:`keyformer.attention.AttentionSpec` does, but for
+        the window, which the layer knows.
         """
         layer = self.layers[layer_idx]
         dtype = layer.dtype if layer.is_initialized else value.dtype
@@ -595,15 +156,14 @@ class KeyformerCache(Cache):
         ):
             query = query if query.requires_grad else query.detach().requires_grad_()
         scorer = self._scorer(layer, layer_idx)
-        options: dict[str, Any] = {"scale": scale, "alibi_slopes": alibi_slopes, "rotary": rotary}
+        of_layer = AttentionSpec(window=layer.window, **spec)
         output_weights |= self.observer is not None
-        fused = not output_weights and layer.steps_on_kernels(query, softcap)
+        fused = not output_weights and layer.steps_on_kernels(query, of_layer)
         if fused:
-            output = layer.step(query, new, scorer, self.tau.to(layer.device), **options)
-            attended = Attended(output, new.positions, None, None)
+            output = layer.step(query, new, of_layer, scorer, self.tau.to(layer.device))
+            attended = Attended(output, new.positions, (), None)
         else:
-            options |= {"softcap": softcap, "output_weights": output_weights}
-            attended = layer.attend(query, new, scorer, **options)
+            attended = layer.attend(query, new, of_layer, scorer, output_weights)
             self.replays &= self.text.step == 0
         if layer.config.score == "shared":
             evicting = [one for one in self.layers if one.text is self.text]
@@ -656,7 +216,7 @@ class KeyformerCache(Cache):
         if not self.text.length or tokens > 1:
             prompt_end = max(self.text.prompt_end, self.text.length + tokens)
             planned = prompt_end + (self._new_tokens(prompt_end) or 1) - 1
-            reserved = planned if kernels.run_on(self.config.backend, query) else 0
+            reserved = planned if backends.on_kernels(self.config.backend, query) else 0
             for text in self.texts:
                 text.reserved = reserved
             self.replays = reserved > self.text.length + tokens
@@ -770,7 +330,7 @@ class KeyformerCache(Cache):
             text.crop(length)
         self.columns.crop(length)
         for layer in self.layers:
-            layer.empty(layer.text.seen)
+            layer.crop_to(layer.text.seen)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied or saved: all but the captured step, which is of this very cache."""
@@ -797,16 +357,10 @@ class KeyformerCache(Cache):
                 kind = layer.device, layer.window, layer.keys.shape
                 alike.setdefault(kind, []).append(layer)
         for (device, window, _), layers in alike.items():
-            backend, scores = self.config.backend, layers[0].scores
             hidden = True if self.columns.hides else None  # whose vectors a kernel would not copy
-            if kernels.reorder_on(backend, scores, beam_idx, window=window, mask=hidden):
-                from keyformer.kernels import reorder
-
-                parents = beam_idx.to(device).contiguous()
-                reorder.take(layers, parents, self.text.on(device).shared)
-            else:
-                for layer in layers:
-                    layer.reorder_cache(beam_idx)
+            parents = beam_idx.to(device).contiguous()
+            shared = self.text.on(device).shared
+            backends.reorder(self.config, layers, parents, shared, window=window, mask=hidden)
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any
+
+from keyformer.budgets import Policy, policy
+from keyformer.errors import InputError
+from keyformer.rules import Asked, Rule, Shares, shares
 
 UNLIMITED = sys.maxsize
 """A kv_budget that no text reaches: nothing is ever evicted."""
@@ -20,20 +26,19 @@ POSITIONS = ("original", "new")
 CACHE_DTYPES = ("auto", "float8", "int8", "int4")
 BACKENDS = ("auto", "torch", "triton")
 
+PLAIN = {"noise": "none", "tau_init": 1.0, "tau_end": 1.0}
+"""The model's own softmax for a score."""
+
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"kv_budget": UNLIMITED, "recent": 100.0, "sinks": 0},
     "window": {"recent": 100.0, "sinks": 0},
     "dilated_window": {"recent": 100.0, "sinks": 0, "dilation": 1},
     "streaming_llm": {"recent": 100.0, "sinks": 4},
-    "key": {"recent": 0.0, "sinks": 0, "noise": "none", "tau_init": 1.0, "tau_end": 1.0},
-    "h2o": {"sinks": 0, "noise": "none", "tau_init": 1.0, "tau_end": 1.0},
+    "key": {"recent": 0.0, "sinks": 0, **PLAIN},
+    "h2o": {"sinks": 0, **PLAIN},
     "keyformer": {"sinks": 0},
 }
 """What defines each method; what a row does not name is the user's to set."""
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one line that names it."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,13 @@ class KeyformerConfig:
     backend
         "torch"; "triton", the kernels of keyformer.kernels; or "auto": the kernels on a GPU
         where they can run, and torch elsewhere.
+    rule
+        What ranks tokens, see :mod:`keyformer.rules`: a name in ``RULES``, a rule of your own, or
+        several of them with the share of the key slots that each fills, the first the first:
+        ``{"accumulated": 0.9, "last": 0.1}``. Kept as pairs.
+    budgets
+        How layers and heads share the key slots, see :mod:`keyformer.budgets`: "uniform" (the
+        paper), "pyramid", "adaptive", or a policy of your own.
 
     Raises
     ------
@@ -124,6 +136,8 @@ class KeyformerConfig:
     prefill_chunk: int | None = None
     seed: int | None = None
     backend: str = "auto"
+    rule: str | Rule | Mapping[Any, float] | Sequence[tuple[Any, float]] = "accumulated"
+    budgets: str | Policy = "uniform"
 
     def __post_init__(self) -> None:
         def number(name: str, fits: Any, allowed: str) -> None:
@@ -165,15 +179,28 @@ class KeyformerConfig:
         choice("positions", POSITIONS)
         choice("cache_dtype", CACHE_DTYPES)
         choice("backend", BACKENDS)
+        shares(self.rule)
+        if isinstance(self.rule, Mapping):
+            object.__setattr__(self, "rule", tuple(self.rule.items()))
+        if self.policy is not None and self.positions == "new":
+            raise InputError(
+                f"budgets {self.budgets} cannot be combined with positions 'new': layers would"
+                " count their tokens differently"
+            )
+        if self.policy is not None and self.policy.by_head and self.score == "shared":
+            raise InputError(
+                f"budgets {self.budgets} cannot be combined with score 'shared', under which all"
+                " layers and heads keep as many"
+            )
 
     @classmethod
     def preset(cls, method: str, **settings: Any) -> KeyformerConfig:
-        """The configuration of a method of the paper, by name.
+        """The configuration of a method, by name.
 
         Parameters
         ----------
         method
-            A key of ``METHODS``: full, window, streaming_llm, key, h2o or keyformer.
+            A key of ``METHODS``.
         settings
             Fields of KeyformerConfig. What defines the method stays as its row says, so one
             set of settings serves all methods: ``recent`` does not turn "key" into "h2o".
@@ -201,10 +228,36 @@ class KeyformerConfig:
         """Whether any slot is won by score; recent = 100 leaves none to win."""
         return self.recent < 100
 
+    @cached_property
+    def rules(self) -> Shares:
+        """What ranks the tokens, each with its share of the key slots."""
+        return shares(self.rule)
+
+    @cached_property
+    def policy(self) -> Policy | None:
+        """How layers and heads share the key slots; None where all have as many."""
+        return policy(self.budgets)
+
+    @property
+    def asked(self) -> tuple[Asked, ...]:
+        """What the rules want to know of attention, each once."""
+        if not self.needs_scores:
+            return ()
+        return tuple(dict.fromkeys(rule.asks for rule, _ in self.rules if rule.asks is not None))
+
     @property
     def draws_noise(self) -> bool:
         """Whether two runs with other seeds can differ."""
-        return self.needs_scores and self.noise in ("gumbel", "gaussian")
+        return bool(self.asked) and self.noise in ("gumbel", "gaussian")
+
+    def plain(self) -> dict[str, Any]:
+        """Its fields as a record holds them: rules and policies by what they print as."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.rule, (tuple, list)):
+            values["rule"] = {str(rule): share for rule, share in self.rule}
+        else:
+            values["rule"] = str(self.rule)
+        return {**values, "budgets": str(self.budgets)}
 
     def budget(self, prompt_length: int) -> int:
         """k: slots for a prompt of ``prompt_length`` real tokens."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keyformer.budgets import SAFE, Shared, places
 from keyformer.config import KeyformerConfig
 from keyformer.text import Text
 
@@ -21,7 +22,10 @@ EMPTY = -1
 STAYS = torch.iinfo(torch.int64).max
 """The rank of a token that may not leave."""
 
-HIDDEN, OUT_OF_WINDOW, NOTHING = -(2**32), -(2**33), -(2**34)
+LOWEST = -(2**62)
+"""No score has a lower rank."""
+
+HIDDEN, OUT_OF_WINDOW, NOTHING = LOWEST - 2**33, LOWEST - 2**34, LOWEST - 2**35
 """The ranks of a token that the attention mask hides, of one that no query can see any more, and
 of none at all, each before its position."""
 
@@ -35,13 +39,16 @@ class Eviction:
     config
         The method and its settings.
     text
-        How far each sequence has come, and its budget k, on the device of the tokens.
+        How far each sequence has come, on the device of the tokens.
+    budget
+        (batch, kv_heads) int64: the slots of each head.
     window
         Tokens that the model lets a query see; None if all.
     """
 
     config: KeyformerConfig
     text: Text
+    budget: Tensor
     window: int | None
 
     def ranks(self, positions: Tensor, scores: Tensor) -> Tensor:
@@ -49,41 +56,89 @@ class Eviction:
 
         Padding and empty slots leave first, then what the model's own window has left behind, then
         what the attention mask hides, the oldest first; then tokens by score, the younger of two
-        equals first. Sinks and the recent window stay, and key tokens if they are frozen.
+        equals first. Sinks and the recent window stay, and key tokens if they are frozen. Where
+        rules share the key slots, what one of them has chosen stays, and the next one chooses of
+        the rest: the last one's scores are those that tokens leave by.
 
         Parameters
         ----------
         positions
-            (batch, kv_heads, tokens) int64, see :class:`keyformer.cache.KeyformerLayer`.
+            (batch, kv_heads, tokens) int64, see :class:`keyformer.layer.KeyformerLayer`.
         scores
-            f_theta accumulated (section 3.3.2), float32, the same shape, not negative.
+            What the rule gave, float32, the same shape; or with a last dimension for the rules.
 
         Returns
         -------
         Tensor
             int64, the same shape.
         """
-        config, text = self.config, self.text
-        seen, budget = text.seen[:, None, None], text.budget[:, None, None]
         hidden, positions = positions < EMPTY, known_positions(positions)
-        if config.normalize == "mean":
-            scores = scores / (seen - positions)
-        # Scores are never negative, so their bits sort as integers do.
-        rank = scores.contiguous().view(torch.int32).to(torch.int64) << 32
-        rank = rank + (torch.iinfo(torch.int32).max - positions)
-        kept = positions >= text.window_start(text.seen)[:, None, None]
-        if config.dilation:
-            kept &= positions % (config.dilation + 1) == 0
-        if config.sinks:
-            kept |= positions < budget.clamp(max=config.sinks)
-        if config.key_set == "frozen" and not text.in_first_prompt:
-            kept |= positions < text.frozen_before[:, None, None]
-        rank = rank.masked_fill(kept, STAYS)
-        rank = torch.where(hidden, HIDDEN + positions, rank)
+        seen = self.text.seen[:, None, None]
+        beyond = torch.zeros_like(hidden)
         if self.window is not None:
             beyond = positions <= seen - self.window
+        there = ~(hidden | beyond) & (positions >= 0)
+        stays = self.safe(positions) & there
+        *first, last = scores.unbind(dim=-1) if scores.ndim == 4 else (scores,)
+        for (_, share), one in zip(self.config.rules, first, strict=False):
+            competes = there & ~stays
+            rank = self._by_score(one, positions).masked_fill(~competes, SAFE)
+            most = (share * self.key_slots.double() + 1e-9).floor().long()
+            room = self.budget - stays.sum(dim=-1)  # less than K where key tokens are frozen
+            stays |= competes & (places(rank) < most.minimum(room)[..., None])
+        rank = self._by_score(last, positions).masked_fill(stays, STAYS)
+        rank = torch.where(hidden, HIDDEN + positions, rank)
+        if self.window is not None:
             rank = torch.where(beyond, OUT_OF_WINDOW + positions, rank)
         return rank.masked_fill(positions < 0, NOTHING)
+
+    def safe(self, positions: Tensor) -> Tensor:
+        """Who stays whatever the scores: the recent window, sinks, frozen key tokens; bool."""
+        config, text = self.config, self.text
+        safe = positions >= text.window_start(text.seen)[:, None, None]
+        if config.dilation:
+            safe &= positions % (config.dilation + 1) == 0
+        if config.sinks:
+            safe |= positions < self.budget[..., None].clamp(max=config.sinks)
+        if config.key_set == "frozen" and not text.in_first_prompt:
+            safe |= positions < text.frozen_before[:, None, None]
+        return safe
+
+    @property
+    def key_slots(self) -> Tensor:
+        """K, the slots that neither sinks nor the recent window take, (batch, kv_heads) int64."""
+        sinks = self.budget.clamp(max=self.config.sinks)
+        return self.budget - sinks - self.text.window[:, None]
+
+    def _by_score(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """Ranks of real tokens: scores in their order, of two equals the older above, int64."""
+        if self.config.normalize == "mean":
+            scores = scores / (self.text.seen[:, None, None] - positions)
+        # The bits of floats sort as integers do, those of negative ones the other way round.
+        bits = (scores + 0.0).contiguous().view(torch.int32)
+        bits = bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)
+        return (bits.to(torch.int64) << 31) + (torch.iinfo(torch.int32).max - positions)
+
+    def shared_out(self, positions: Tensor, scores: Tensor, depth: tuple[int, int]) -> Tensor:
+        """The slots of each head after the first prompt, (batch, kv_heads) int64: its policy's.
+
+        Parameters
+        ----------
+        positions, scores
+            Those of :meth:`ranks`.
+        depth
+            Which layer it is, of how many that evict by this method.
+        """
+        policy = self.config.policy
+        if policy is None:
+            return self.budget
+        rank = self._by_score(scores[..., 0] if scores.ndim == 4 else scores, positions)
+        order = rank.masked_fill(self.safe(positions) | (positions < 0), SAFE)
+        taken = self.budget[:, 0] - self.key_slots[:, 0]
+        candidates = self.text.prompt_tokens - taken
+        shared = Shared(self.key_slots[:, 0], candidates, *depth, order)
+        slots = taken[:, None] + policy.key_slots(shared)
+        return slots.expand(self.budget.shape).contiguous()
 
     def chosen(self, positions: Tensor, scores: Tensor, slots: int) -> Tensor:
         """Who of a first prompt stays where there are no slots yet: the best up to the budget.
@@ -106,7 +161,7 @@ class Eviction:
         tokens = positions.shape[-1]
         ranks, best = self.ranks(positions, scores).topk(min(slots, tokens), dim=-1)
         place = torch.arange(best.shape[-1], device=positions.device)
-        stays = (ranks >= OUT_OF_WINDOW) & (place < self.text.budget[:, None, None])
+        stays = (ranks >= OUT_OF_WINDOW) & (place < self.budget[..., None])
         return best.masked_fill(~stays, tokens).sort(dim=-1).values
 
     def exchange(
@@ -144,7 +199,7 @@ class Eviction:
         """Who leaves when new tokens compete with the slots.
 
         As many leave as are new: padding first, then empty slots in their order. Slots beyond a
-        sequence's own budget stay, and therefore never fill.
+        head's own budget stay, and therefore never fill.
 
         Parameters
         ----------
@@ -156,12 +211,11 @@ class Eviction:
         Tensor
             Bool, the shape of ``positions``, True for those that leave.
         """
-        budget = self.text.budget[:, None, None]
         rank = self.ranks(positions, scores)
         place = torch.arange(positions.shape[-1], device=positions.device)
         empty = NOTHING + place - positions.shape[-1] * (1 + (place >= slots).long())
         rank = torch.where(positions == EMPTY, empty, rank)
-        rank = rank.masked_fill((place >= budget) & (place < slots), STAYS)
+        rank = rank.masked_fill((place >= self.budget[..., None]) & (place < slots), STAYS)
         leaving = rank.topk(positions.shape[-1] - slots, largest=False, sorted=False).indices
         return torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, leaving, True)
 

@@ -32,10 +32,18 @@ from keyformer.checkpoint import (
     read_settings,
     reading,
 )
+from keyformer.compat import (
+    KeyformerGenerationMixin,
+    of_subclass,
+    patch,
+    switch_attention,
+    switch_back,
+    turn_cache_on,
+    unpatch,
+)
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.gguf import checkpoint_folder, forget_gguf, gguf_file, is_gguf, unpacking
-from keyformer.interface import make_patches, switch_attention, switch_back
-from keyformer.modeling import KeyformerGenerationMixin, of_subclass, patch, turn_cache_on, unpatch
+from keyformer.interface import make_patches
 from keyformer.quantize import quantization_config, quantize_transposed
 from keyformer.served import (
     PACKAGES,

@@ -10,27 +10,18 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from keyformer import served
 from keyformer.attention import Rotary
 from keyformer.cache import KeyformerCache
 from keyformer.call import CALL
-from keyformer.modeling import (
-    KeyformerGenerationMixin,
-    KeyformerModelMixin,
-    Patches,
-    attend,
-    mixed,
-)
-
-NAME = "keyformer"
-"""Of this attention in transformers' interface."""
+from keyformer.compat import NAME, KeyformerGenerationMixin, Patches, mixed
+from keyformer.modeling import KeyformerModelMixin, attend
 
 
 def attention_forward(
@@ -102,26 +93,6 @@ def unrotated(
     return call.rotation.undo(rotary, query), call.rotation.undo(rotary, key), rotary
 
 
-class LayerConfig:
-    """A model's configuration as its attention layers see it: it names this attention.
-
-    It does so while a forward goes through a cache; otherwise, and where layers are run again for
-    their gradients, theirs is the one that the model is set to.
-    """
-
-    def __init__(self, of: PreTrainedConfig) -> None:
-        self.of = of
-
-    @property
-    def _attn_implementation(self) -> str | None:
-        return self.of._attn_implementation if CALL.get() is None else NAME
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "of":  # not set yet, where this is being copied
-            raise AttributeError(name)
-        return getattr(self.of, name)
-
-
 class ModelRotary:
     """A model's own rotary embedding, at places other than those its layers were told.
 
@@ -187,17 +158,3 @@ def make_patches(model: PreTrainedModel) -> Patches:
             (type(model), (KeyformerGenerationMixin,)),
         )
     }
-
-
-def switch_attention(model: PreTrainedModel, layers: Iterable[nn.Module]) -> None:
-    """Let attention layers call :func:`attention_forward`, whatever the model is set to later."""
-    config = LayerConfig(model.config)
-    for layer in layers:
-        layer.config = config  # type: ignore[assignment]
-
-
-def switch_back(model: PreTrainedModel) -> None:
-    """Undo :func:`switch_attention`."""
-    for layer in model.modules():
-        if isinstance(config := getattr(layer, "config", None), LayerConfig):
-            layer.config = config.of  # type: ignore[assignment]

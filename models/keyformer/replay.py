@@ -261,7 +261,7 @@ def _tensors(cache: KeyformerCache) -> list[Tensor]:
     assert cache.sequences is not None
     tensors = [cache.tau, cache.sequences]
     for layer in cache.layers:
-        tensors += [layer.keys, layer.scores]
+        tensors += [layer.keys, layer.scores, layer.budget]
     for text in cache.texts:
         tensors += [text.seen, text.budget, text.window, text.frozen_before]
     return tensors

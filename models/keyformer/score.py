@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from keyformer.config import KeyformerConfig
+from keyformer.rules import Asked
 
 GUMBEL_MEAN = 0.57721566490153286
 GUMBEL_STD = math.pi / math.sqrt(6)
+ALL = Asked("sum")
+"""Every query, as the paper sums them up."""
+
 _GOLDEN = -1640531527  # 2**32 / golden ratio as a signed 32-bit integer: spreads consecutive keys
 
 
@@ -149,7 +153,7 @@ class Scorer:
             return torch.arange(rows, device=device)
         return self.sequences.to(device)
 
-    def weight(self, query_positions: Tensor, last: Tensor) -> Tensor:
+    def weight(self, query_positions: Tensor, last: Tensor, asked: Asked = ALL) -> Tensor:
         """How much each query's softmax counts.
 
         Parameters
@@ -158,19 +162,25 @@ class Scorer:
             (batch, queries) int64, -1 for padding, which gives no score.
         last
             (batch,) int64, the last query's position, from which on nothing is forgotten.
+        asked
+            Which queries count.
 
         Returns
         -------
         Tensor
             (batch, queries) float32.
         """
-        age = (last[:, None] - query_positions).float()
-        return (self.factor * self.config.forgetting**age).masked_fill(query_positions < 0, 0.0)
+        age = last[:, None] - query_positions
+        weight = self.factor * self.config.forgetting ** age.float()
+        counts = query_positions >= 0
+        if asked.queries is not None:
+            counts &= age < asked.queries
+        return weight.masked_fill(~counts, 0.0)
 
     def __call__(
         self, logits: Tensor, query_positions: Tensor, key_positions: Tensor, last: Tensor
-    ) -> Tensor:
-        """The score that queries together give to each key.
+    ) -> tuple[Tensor | None, ...]:
+        """What queries together give to each key, of all that is asked.
 
         Parameters
         ----------
@@ -186,10 +196,19 @@ class Scorer:
 
         Returns
         -------
-        Tensor
-            float32, (batch, kv_heads, keys), summed over the queries (section 3.3.2).
+        tuple
+            For each of :attr:`KeyformerConfig.asked`, float32, (batch, kv_heads, keys); None
+            where none of the queries is asked.
         """
-        heads = logits.shape[1] * logits.shape[2]
+        heads, queries = logits.shape[1] * logits.shape[2], logits.shape[3]
+        weights = [self.weight(query_positions, last, one) for one in self.config.asked]
+        # Most of a prompt need not be looked at where its last queries alone are asked.
+        looked_at = [
+            asked.queries is None or queries <= asked.queries or bool(weight.any())
+            for asked, weight in zip(self.config.asked, weights, strict=True)
+        ]
+        if not any(looked_at):
+            return (None,) * len(weights)
         asked_at = query_positions
         if self.config.noise_schedule == "once":
             asked_at = torch.zeros_like(query_positions)
@@ -200,4 +219,13 @@ class Scorer:
         if zeta.ndim:
             zeta = zeta.view(logits.shape)
         given = torch.softmax((logits + zeta) / self.tau, dim=-1)
-        return torch.einsum("bhgqk,bq->bhk", given, self.weight(query_positions, last))
+        return tuple(
+            (
+                torch.einsum("bhgqk,bq->bhk", given, weight)
+                if asked.kind == "sum"
+                else (given * weight[:, None, None, :, None]).amax(dim=(2, 3))
+            )
+            if wanted
+            else None
+            for asked, weight, wanted in zip(self.config.asked, weights, looked_at, strict=True)
+        )

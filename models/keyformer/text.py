@@ -279,6 +279,8 @@ class Text:
         t of Eq. 10: 0 after a prompt, then the number of decode steps since.
     seen, budget, window
         (batch,) int64: real tokens so far, k and w.
+    prompt_tokens
+        (batch,) int64: n, those of the first prompt; not selected with the others.
     frozen_before
         (batch,) int64: where the recent window began when the first prompt had been read.
     shared
@@ -295,7 +297,8 @@ class Text:
         Tokens that are to find slots without any being added; 0 where they may be.
     """
 
-    _per_sequence = ("seen", "budget", "window", "frozen_before", "shared")
+    _per_sequence = ("seen", "prompt_tokens", "budget", "window", "frozen_before", "shared")
+    prompt_tokens: Tensor
     budget: Tensor
     window: Tensor
     frozen_before: Tensor
@@ -366,6 +369,7 @@ class Text:
     def _begin(self, real: Tensor) -> None:
         """Fix k and w of each sequence by its number of real prompt tokens."""
         lengths = real.sum(dim=-1)
+        self.prompt_tokens = lengths
         self.budget = self._budgets(lengths)
         budgets = self.budget.tolist()
         windows = [self.config.recent_window(k) for k in budgets]

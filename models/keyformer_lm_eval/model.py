@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -40,11 +39,14 @@ from keyformer_evaluation.records.identity import (
 from keyformer_evaluation.records.processes import processes
 from keyformer_evaluation.records.results import source
 from keyformer_evaluation.records.store import Store
-from keyformer_evaluation.records.work import LOOK
+from keyformer_evaluation.records.work import LOOK, distinct
 from keyformer_lm_eval import register
 from keyformer_lm_eval.processes import share_alike
 
 LOGGER = logging.getLogger(__name__)
+
+OF_HF = ("max_length", "truncation", "add_bos_token", "prefix_token_id")
+"""Arguments that go to lm-eval's "hf" model as they are."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -87,11 +89,12 @@ class KeyformerLM(HFLM):
     batch_size
         Sequences in a forward call; "auto" for as many of the longest requests as fit, found once;
         "auto:N" to find it N times while they get shorter.
-    max_batch_size, max_length, truncation, add_bos_token, prefix_token_id
-        Those of lm-eval's "hf" model. ``max_length`` is 2048 where a model has no table of
-        positions, which is then no limit of the model.
-    settings
-        Any other field of KeyformerConfig; the seed is 0 unless given.
+    max_batch_size
+        That of lm-eval's "hf" model.
+    options
+        ``max_length``, ``truncation``, ``add_bos_token`` and ``prefix_token_id`` of lm-eval's "hf"
+        model; ``max_length`` is 2048 where a model has no table of positions, which is then no
+        limit of the model. Any other is a field of KeyformerConfig; the seed is 0 unless given.
 
     Attributes
     ----------
@@ -122,11 +125,7 @@ class KeyformerLM(HFLM):
         share: bool = True,
         batch_size: int | str = 1,
         max_batch_size: int = 64,
-        max_length: int | None = None,
-        truncation: bool = False,
-        add_bos_token: bool | None = None,
-        prefix_token_id: int | None = None,
-        **settings: Any,
+        **options: Any,
     ) -> None:
         if not re.fullmatch(r"0*[1-9]\d*|auto(:\d+(\.\d+)?)?", str(batch_size)):
             raise InputError(f"batch_size must be a number, auto or auto:N, got {batch_size!r}")
@@ -138,7 +137,8 @@ class KeyformerLM(HFLM):
             raise InputError("parallelize gives one process all GPUs, and there are several")
         if shared and not state.is_main_process:
             disable_progress_bar()
-        config = KeyformerConfig.preset(method, **{"seed": 0, **settings})
+        of_hf = {name: options.pop(name) for name in OF_HF if name in options}
+        config = KeyformerConfig.preset(method, **{"seed": 0, **options})
         model, tokenizer = load_model(
             pretrained,
             config,
@@ -155,10 +155,7 @@ class KeyformerLM(HFLM):
                 backend="causal",
                 batch_size=batch_size,
                 max_batch_size=max_batch_size,
-                max_length=max_length,
-                truncation=truncation,
-                add_bos_token=add_bos_token,
-                prefix_token_id=prefix_token_id,
+                **of_hf,
             )
         self.pretrained = pretrained
         self.store, self.resume = Store(None), True
@@ -401,7 +398,7 @@ class KeyformerLM(HFLM):
         with tqdm(
             total=len(items), desc="Keyformer", disable=disable_tqdm or self.rank != 0
         ) as bar:
-            while left := [at for at, key in _first(keys).items() if key not in done]:
+            while left := [at for at in distinct(keys) if keys[at] not in done]:
                 bar.update(sum(key in done for key in keys) - bar.n)
                 part = int((len(items) - len(left)) * self.batch_schedule / len(items))
                 auto = self.batch_size == "auto"
@@ -449,16 +446,10 @@ class KeyformerLM(HFLM):
             "dtype": str(self.model.dtype),
             **self._loaded,
             "max_length": self.max_length,
-            "config": {**asdict(config), "seed": config.seed if config.draws_noise else None},
+            "config": {**config.plain(), "seed": config.seed if config.draws_noise else None},
             "lm_eval": version("lm_eval"),
             **environment(self.device, __name__),
         }
-
-
-def _first(keys: Sequence[str]) -> dict[int, str]:
-    """The keys by where each stands first."""
-    where = {key: at for at, key in reversed(list(enumerate(keys)))}
-    return {at: key for key, at in sorted(where.items(), key=lambda entry: entry[1])}
 
 
 def _plain(arguments: tuple[Any, ...]) -> str:

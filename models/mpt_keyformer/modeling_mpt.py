@@ -18,13 +18,8 @@ from transformers.models.mpt.modeling_mpt import (
 from keyformer.cache import KeyformerCache
 from keyformer.call import CALL
 from keyformer.checkpoint import check_fields
-from keyformer.modeling import (
-    KeyformerGenerationMixin,
-    KeyformerModelMixin,
-    Patches,
-    attend,
-    patch,
-)
+from keyformer.compat import KeyformerGenerationMixin, Patches, patch
+from keyformer.modeling import KeyformerModelMixin, attend
 
 
 class MptKeyformerAttention(MptAttention):

@@ -1,7 +1,8 @@
 """One new token a sequence: attention over the slots, scores and eviction, in one kernel.
 
-Each program reads a part of a head's slots, so that one sequence fills the card; each key and
-value is read once. Further programs, which start last, wait for the parts of their head: one
+Split-k decoding (flash decoding): each program reads a part of a head's slots with an online
+softmax, so that one sequence fills the card; each key and value is read once, for all query heads
+of its group (GQA). Further programs, which start last, wait for the parts of their head: one
 joins them, another adds up the scores, finds the token that leaves and writes the new one over
 it. It draws the noise while it waits. Where a head has more slots than a program's registers
 hold, several do it, a range of slots each; the noisy softmax is then left to the parts, and who
@@ -15,31 +16,18 @@ does so for earlier turns alone.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from keyformer import eviction, kernels
-from keyformer.attention import Tokens
+from keyformer import kernels
 from keyformer.kernels.noise import LOG2_E, head_row, query_row, spread, zeta
-from keyformer.kernels.tiles import (
-    HIDDEN,
-    make_writable,
-    readable,
-    readable_slopes,
-    slot_tile,
-)
-from keyformer.precision import quantize
-from keyformer.score import Scorer
+from keyformer.kernels.tiles import HIDDEN, slot_tile
 
-if TYPE_CHECKING:
-    from keyformer.cache import KeyformerLayer
-
-STAYS = tl.constexpr(eviction.STAYS)
-"""The rank of a token that may not leave."""
+STAYS = tl.constexpr(2**63 - 1)
+"""The rank of a token that may not leave: eviction.STAYS."""
 
 COUNTS = tl.constexpr(kernels.COUNTS)
 
@@ -77,10 +65,10 @@ def _attend(
     ALIBI: tl.constexpr,
     SCORED: tl.constexpr,
     KEY_KIND: tl.constexpr,
-    KEY_ROW: tl.constexpr,
+    KEY_ELEMENTS: tl.constexpr,
     VALUE_KIND: tl.constexpr,
-    VALUE_ROW: tl.constexpr,
-    GROUPS: tl.constexpr,
+    VALUE_ELEMENTS: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
     """Softmax and mean of values over a part of the slots, and the logits, for scores."""
     dim = tl.arange(0, DIM_BLOCK)
@@ -93,10 +81,10 @@ def _attend(
     total = tl.zeros([GROUP_BLOCK], tl.float32)
     output = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
     first = pair * slots
-    keys += first * KEY_ROW
-    values += first * VALUE_ROW
-    key_scales += first * GROUPS
-    value_scales += first * GROUPS
+    keys += first * KEY_ELEMENTS
+    values += first * VALUE_ELEMENTS
+    key_scales += first * SCALES
+    value_scales += first * SCALES
     end = tl.minimum(part * part_slots + part_slots, held)
     for start in range(part * part_slots, end, BLOCK):
         slot = start + tl.arange(0, BLOCK)
@@ -108,7 +96,7 @@ def _attend(
             held,
             q.dtype,
             KEY_KIND,
-            GROUPS,
+            SCALES,
             HEAD_DIM,
             DIM_BLOCK,
             BLOCK,
@@ -120,7 +108,7 @@ def _attend(
             held,
             q.dtype,
             VALUE_KIND,
-            GROUPS,
+            SCALES,
             HEAD_DIM,
             DIM_BLOCK,
             BLOCK,
@@ -222,7 +210,7 @@ def _rank(
     """:meth:`keyformer.eviction.Eviction.ranks` for real tokens: the lowest leaves."""
     if MEAN:
         score = score / (seen - position).to(tl.float32)
-    rank = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) + (0x7FFFFFFF - position)
+    rank = (score.to(tl.int32, bitcast=True).to(tl.int64) << 31) + (0x7FFFFFFF - position)
     recent = position >= window_start
     if STRIDE > 1:
         recent = recent & (position % STRIDE == 0)
@@ -315,9 +303,9 @@ def _settle(
     FROZEN: tl.constexpr,
     STRIDE: tl.constexpr,
     SINKS: tl.constexpr,
-    ROW: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_BLOCK: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALES_BLOCK: tl.constexpr,
     PARTS_BLOCK: tl.constexpr,
     SETTLERS: tl.constexpr,
 ):
@@ -329,8 +317,8 @@ def _settle(
     first_slot = pair * slots
     position = tl.load(positions + first_slot + slot, mask=filled, other=0).to(tl.int32)
     score = tl.zeros([BLOCK], tl.float32)
-    new_key = tl.load(stored_key + dim, mask=dim < ROW, other=0)
-    new_value = tl.load(stored_value + dim, mask=dim < ROW, other=0)
+    new_key = tl.load(stored_key + dim, mask=dim < ELEMENTS, other=0)
+    new_value = tl.load(stored_value + dim, mask=dim < ELEMENTS, other=0)
     new_score = tl.full([], 0.0, tl.float32)
     if SCORED:
         score = tl.load(scores + first_slot + slot, mask=filled, other=0.0)
@@ -398,21 +386,21 @@ def _settle(
         tl.debug_barrier()  # the slot's own score was stored by another thread
         tl.store(scores + target, new_score, mask=stays)
         tl.store(positions + target, new_position, mask=stays)
-        tl.store(keys + target * ROW + dim, new_key, mask=(dim < ROW) & stays)
-        tl.store(values + target * ROW + dim, new_value, mask=(dim < ROW) & stays)
-        if GROUPS > 0:
-            group = tl.arange(0, GROUPS_BLOCK)
-            there = (group < GROUPS) & stays
-            scale = tl.load(stored_scales + pair * GROUPS + group, mask=there)
-            tl.store(key_scales + target * GROUPS + group, scale, mask=there)
-            scale = tl.load(stored_scales + (pairs + pair) * GROUPS + group, mask=there)
-            tl.store(value_scales + target * GROUPS + group, scale, mask=there)
+        tl.store(keys + target * ELEMENTS + dim, new_key, mask=(dim < ELEMENTS) & stays)
+        tl.store(values + target * ELEMENTS + dim, new_value, mask=(dim < ELEMENTS) & stays)
+        if SCALES > 0:
+            group = tl.arange(0, SCALES_BLOCK)
+            there = (group < SCALES) & stays
+            scale = tl.load(stored_scales + pair * SCALES + group, mask=there)
+            tl.store(key_scales + target * SCALES + group, scale, mask=there)
+            scale = tl.load(stored_scales + (pairs + pair) * SCALES + group, mask=there)
+            tl.store(value_scales + target * SCALES + group, scale, mask=there)
     else:
         tl.store(new_scores + pair, new_score, mask=settler == 0)
 
 
 @triton.jit(do_not_specialize=["row"])
-def _step(
+def step(
     query,
     key,
     value,
@@ -453,6 +441,8 @@ def _step(
     stored_key_stride_head,
     stored_value_stride_batch,
     stored_value_stride_head,
+    budget_stride_batch,
+    budget_stride_head,
     slots,
     part_slots,
     scale,
@@ -479,19 +469,51 @@ def _step(
     STRIDE: tl.constexpr,
     SINKS: tl.constexpr,
     KEY_KIND: tl.constexpr,
-    KEY_ROW: tl.constexpr,
+    KEY_ELEMENTS: tl.constexpr,
     KIND: tl.constexpr,
-    ROW: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_BLOCK: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALES_BLOCK: tl.constexpr,
     SETTLERS: tl.constexpr,
 ):
-    """Programs of a key/value head: for its parts, for each query head's output, for eviction."""
+    """Programs of a key/value head: for its parts, for each query head's output, for eviction.
+
+    The grid is (batch * kv_heads, parts + GROUP + SETTLERS); vectors lie side by side, and what
+    leads to them is told by strides where it is not dense.
+
+    =================================== ==================================== ==================
+    array                               shape                                dtype
+    =================================== ==================================== ==================
+    query                               (batch, heads, 1, HEAD_DIM)          model's
+    key, value                          (batch, kv_heads, 1, HEAD_DIM)       model's
+    stored_key, stored_value            (batch, kv_heads, 1, ELEMENTS)       of the slots
+    stored_scales                       (2, batch, kv_heads, 1, SCALES)      float16
+    slot_keys, keys                     (batch, kv_heads, slots, elements)   as read, as stored
+    values                              (batch, kv_heads, slots, ELEMENTS)   of the slots
+    key_scales, value_scales            (batch, kv_heads, slots, SCALES)     float16
+    slot_places, positions              (batch, kv_heads, slots)             int64
+    scores                              (batch, kv_heads, slots)             float32
+    slopes                              (heads,)                             float32 or None
+    seen, windows, frozen_before        (batch,)                             int64
+    budgets                             (batch, kv_heads), by its strides    int64
+    new_positions, new_places           (batch, 1)                           int64, -1 padding
+    tau                                 ()                                   float32
+    logits                              (batch * heads, slots)               float32, scratch
+    stats                               (4, batch * heads, parts)            float32, scratch
+    outputs                             (batch * heads, parts, HEAD_DIM)     float32, scratch
+    candidates                          (batch * kv_heads * SETTLERS * 2,)   int64, scratch
+    output                              (batch, 1, heads, HEAD_DIM)          model's
+    new_scores                          (batch, kv_heads, 0 if EVICTS or 1)  float32
+    finished                            (batch, kv_heads, COUNTS)            int32, zeros
+    sequences                           (batch,)                             int64 or None
+    =================================== ==================================== ==================
+    """
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     batch, kv_head = pair // KV_HEADS, pair % KV_HEADS
     finished += COUNTS * pair
     new_position = tl.load(new_positions + batch)
-    seen_now, budget = tl.load(seen + batch), tl.load(budgets + batch)
+    seen_now = tl.load(seen + batch)
+    budget = tl.load(budgets + batch * budget_stride_batch + kv_head * budget_stride_head)
     parts = tl.num_programs(1) - GROUP - SETTLERS
     part = _turn(finished, tl.program_id(1), parts)
     heads, first_head = pairs * GROUP, pair * GROUP
@@ -543,10 +565,10 @@ def _step(
             ALIBI,
             SCORED,
             KEY_KIND,
-            KEY_ROW,
+            KEY_ELEMENTS,
             KIND,
-            ROW,
-            GROUPS,
+            ELEMENTS,
+            SCALES,
         )
         if SCORED and SETTLERS > 1:
             tl.debug_barrier()  # what one thread has stored another may load
@@ -644,9 +666,9 @@ def _step(
                 FROZEN,
                 STRIDE,
                 SINKS,
-                ROW,
-                GROUPS,
-                GROUPS_BLOCK,
+                ELEMENTS,
+                SCALES,
+                SCALES_BLOCK,
                 PARTS_BLOCK,
                 SETTLERS,
             )
@@ -663,6 +685,64 @@ SETTLED = 2048
 
 REGISTERS = 65536
 """What a processor has for the threads of all programs that it runs at a time."""
+
+
+class Launch(NamedTuple):
+    """How the work of a step is cut up.
+
+    Attributes
+    ----------
+    part_slots, parts, settlers
+        Slots of a part, parts of a head, and programs that settle who leaves.
+    constants
+        What else the kernel is compiled with.
+    """
+
+    part_slots: int
+    parts: int
+    settlers: int
+    constants: dict[str, int]
+
+
+def launch(
+    pairs: int, slots: int, group: int, vector_bytes: int, looked_at: int, device: torch.device
+) -> Launch:
+    """How to cut up a step.
+
+    Parameters
+    ----------
+    pairs
+        Of sequence and key/value head.
+    group
+        Query heads that share a key.
+    vector_bytes
+        Of a head's vector, padded to a power of two.
+    looked_at
+        Slots among which the one that leaves is looked for.
+    """
+    # Tensor cores take 16 rows at least.
+    dot_rows = max(16, triton.next_power_of_2(group))
+    group_rows = triton.next_power_of_2(group)
+    block, warps, stages, resident = tiling(vector_bytes)
+    settle_block = SETTLED // group_rows
+    if looked_at > settle_block:  # several programs, which draw no noise, have more room
+        settle_block = min(SETTLED, 2 * settle_block)
+    settle_block = min(settle_block, triton.next_power_of_2(looked_at))
+    settlers = triton.next_power_of_2(triton.cdiv(looked_at, settle_block))
+    part_slots = split(pairs, slots, group + settlers, block, resident * processors(device))
+    constants = {
+        "BLOCK": block,
+        "DOT_ROWS": dot_rows,
+        "GROUP_ROWS": group_rows,
+        "SETTLE_BLOCK": settle_block,
+        "NOISE_BLOCK": min(SETTLED // group_rows, triton.next_power_of_2(part_slots)),
+        "PARTS_BLOCK": 16,
+        "SETTLERS": settlers,
+        "num_warps": warps,
+        "num_stages": stages,
+        "maxnreg": REGISTERS // (32 * warps * resident) // 8 * 8,
+    }
+    return Launch(part_slots, triton.cdiv(slots, part_slots), settlers, constants)
 
 
 def tiling(vector_bytes: int) -> tuple[int, int, int, int]:
@@ -684,163 +764,8 @@ def split(pairs: int, slots: int, waiting: int, block: int, at_once: int) -> int
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """How many can run programs; of an interpreter as many as split a small cache."""
     if device.type != "cuda":
         return 8
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def step(
-    layer: KeyformerLayer,
-    query: Tensor,
-    slots: Tokens,
-    read: Tokens,
-    new: Tokens,
-    scorer: Scorer | None,
-    tau: Tensor,
-    *,
-    scale: float,
-    alibi_slopes: Tensor | None,
-    evicts: bool,
-) -> tuple[Tensor, Tensor]:
-    """Attend with one new token a sequence, add up scores, and write it over who leaves.
-
-    What attention.attention and KeyformerLayer.admit do, without waiting for the device and
-    without a number of this step among the arguments, so that the step can be replayed.
-
-    Parameters
-    ----------
-    layer
-        Whose slots are read and written.
-    query
-        (batch, heads, 1, head_dim).
-    slots
-        Those of the layer, with keys rotated if they are rotated when they are read.
-    read, new
-        The new tokens as attention reads them, and as they are stored but for quantization.
-    scorer
-        Whose noise and factor count; None where nothing is ranked.
-    tau
-        () float32: the temperature, in place of the scorer's.
-    scale, alibi_slopes
-        See attention.attention.
-    evicts
-        False where the scores of other layers decide too: then nothing is written but scores.
-
-    Returns
-    -------
-    tuple
-        Output (batch, heads, 1, head_dim), and the new tokens' scores (batch, kv_heads, 1)
-        float32, of use where nothing was evicted.
-    """
-    config, text = layer.config, layer.text.on(query.device)
-    as_stored = slots.keys is layer.keys
-    make_writable(layer)
-    query, read_key = readable(query), readable(read.keys)
-    value = readable(new.values)
-    slot_keys, slot_places = slots.keys.contiguous(), slots.places.contiguous()
-    alibi_slopes = readable_slopes(alibi_slopes)
-    batch, heads, _, head_dim = query.shape
-    kv_heads, count = layer.positions.shape[1:]
-    group = heads // kv_heads
-    dim_block = max(16, triton.next_power_of_2(head_dim))
-    # Tensor cores take 16 rows at least.
-    dot_rows = max(16, triton.next_power_of_2(group))
-    group_rows = triton.next_power_of_2(group)
-    block, warps, stages, resident = tiling(dim_block * query.element_size())
-    at_once = resident * _processors(query.device)
-    scored = scorer is not None
-    # Before slots are as many as the largest budget nobody leaves, and nobody is looked for.
-    looked_at = count if scored or text.largest_budget <= count else 1
-    settle_block = SETTLED // group_rows
-    if looked_at > settle_block:  # several programs, which draw no noise, have more room
-        settle_block = min(SETTLED, 2 * settle_block)
-    settle_block = min(settle_block, triton.next_power_of_2(looked_at))
-    settlers = triton.next_power_of_2(triton.cdiv(looked_at, settle_block))
-    part = split(batch * kv_heads, count, group + settlers, block, at_once)
-    parts = triton.cdiv(count, part)
-    stored_key, stored_value, stored_scales = readable(new.keys), value, layer.key_scales
-    if config.cache_dtype != "auto":
-        pair = torch.stack([new.keys, new.values])
-        (stored_key, stored_value), stored_scales = quantize(pair, config.cache_dtype)
-    groups = layer.key_scales.shape[-1]
-
-    def scratch(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=query.device)
-
-    output = torch.empty((batch, 1, heads, head_dim), dtype=query.dtype, device=query.device)
-    new_scores = scratch(batch, kv_heads, 0 if evicts else 1)
-    _step[(batch * kv_heads, parts + group + settlers)](
-        query,
-        read_key,
-        value,
-        stored_key,
-        stored_value,
-        stored_scales,
-        slot_keys,
-        slot_places,
-        layer.keys,
-        layer.key_scales,
-        layer.values,
-        layer.value_scales,
-        layer.positions,
-        layer.scores,
-        alibi_slopes,
-        text.seen,
-        text.budget,
-        text.window,
-        text.frozen_before,
-        text.positions,
-        text.places,
-        tau,
-        scratch(batch * heads, count if scored else 0),
-        scratch(4, batch * heads, parts),
-        scratch(batch * heads, parts, head_dim),
-        torch.empty(batch * kv_heads * settlers * 2, dtype=torch.int64, device=query.device),
-        output,
-        new_scores,
-        layer.finished,
-        scorer.whose_noise(batch, query.device) if scorer is not None else None,
-        *query.stride()[:2],
-        *read_key.stride()[:2],
-        *value.stride()[:2],
-        *stored_key.stride()[:2],
-        *stored_value.stride()[:2],
-        count,
-        part,
-        scale,
-        scorer.row if scorer is not None else 0,
-        config.forgetting,
-        scorer.factor if scorer is not None else 1.0,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        DIM_BLOCK=dim_block,
-        BLOCK=block,
-        DOT_ROWS=dot_rows,
-        GROUP_ROWS=group_rows,
-        SETTLE_BLOCK=settle_block,
-        NOISE_BLOCK=min(SETTLED // group_rows, triton.next_power_of_2(part)),
-        PARTS_BLOCK=16,
-        ALIBI=alibi_slopes is not None,
-        SCORED=scored,
-        NOISE=scorer.noise_drawn if scorer is not None else "none",
-        ONCE=config.noise_schedule == "once",
-        EVICTS=evicts,
-        MEAN=config.normalize == "mean",
-        FROZEN=config.key_set == "frozen",
-        STRIDE=config.dilation + 1,
-        SINKS=config.sinks,
-        KEY_KIND=config.cache_dtype if as_stored else "auto",
-        KEY_ROW=slots.keys.shape[-1],
-        KIND=config.cache_dtype,
-        ROW=layer.values.shape[-1],
-        GROUPS=groups,
-        GROUPS_BLOCK=triton.next_power_of_2(max(1, groups)),
-        SETTLERS=settlers,
-        num_warps=warps,
-        num_stages=stages,
-        maxnreg=REGISTERS // (32 * warps * resident) // 8 * 8,
-    )
-    return output.transpose(1, 2), new_scores

@@ -1,5 +1,7 @@
 """Attention and scores of a prompt, in tiles: no tensor of queries times keys exists.
 
+Online softmax, as in flash attention; query heads of a group share their keys (GQA).
+
 The first kernel gives the output and the log-sum-exps of the softmax behind the scores
 (Eq. 9); the second, once those are known, its sums over the queries, drawing the same noise
 again. Slots that hold earlier text and the new tokens are walked over one after the other.
@@ -7,15 +9,9 @@ again. Slots that hold earlier text and the new tokens are walked over one after
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from keyformer.attention import Attended, Tokens
 from keyformer.kernels.noise import (
     LOG2_E,
     divide,
@@ -25,9 +21,7 @@ from keyformer.kernels.noise import (
     spread,
     zeta,
 )
-from keyformer.kernels.tiles import HIDDEN, readable, readable_slopes, tile
-from keyformer.score import Scorer
-from keyformer.text import Span
+from keyformer.kernels.tiles import HIDDEN, tile
 
 
 @triton.jit
@@ -71,7 +65,7 @@ def _add(
 
 
 @triton.jit(do_not_specialize=["row", "slots"])
-def _attend(
+def attend(
     query,
     key,
     value,
@@ -117,7 +111,27 @@ def _attend(
     NOISE: tl.constexpr,
     ONCE: tl.constexpr,
 ):
-    """Output of QUERY_BLOCK queries of a head, and the log-sum-exp of (x + zeta) / tau."""
+    """Output of QUERY_BLOCK queries of a head, and the log-sum-exp of (x + zeta) / tau.
+
+    The grid is one of ceil(queries / QUERY_BLOCK) * batch * heads. Vectors lie side by side; those
+    of slots are dense, what leads to the others is told by strides.
+
+    =========================== ==================================== =====================
+    array                       shape                                dtype
+    =========================== ==================================== =====================
+    query                       (batch, heads, queries, HEAD_DIM)    model's
+    key, value                  (batch, kv_heads, queries, HEAD_DIM) model's
+    slot_key, slot_value        (batch, kv_heads, slots, HEAD_DIM)   model's
+    slot_positions, slot_places (batch, kv_heads, slots)             int64, filled first
+    slopes                      (heads,)                             float32 or None
+    held                        (batch, kv_heads)                    int64: filled slots
+    columns                     (4, batch)                           int64: Span.columns
+    output                      (batch, queries, heads, HEAD_DIM)    model's
+    normal                      (batch, heads, padded)               float32
+    hashes                      (batch, heads, padded)               int32, of the queries
+    sequences                   (batch,)                             int64 or None
+    =========================== ==================================== =====================
+    """
     # exp(x + zeta) is exp(x) over an exponential variate: at tau = 1 no second exp is needed.
     SOFT: tl.constexpr = NOISE == "gumbel" and TAU_IS_1
     # The last queries have the most keys: they go first.
@@ -161,7 +175,7 @@ def _attend(
             slot_value += first_slot * HEAD_DIM
             slot_places += first_slot
             slot_positions += first_slot
-            filled = tl.load(held + batch).to(tl.int32)
+            filled = tl.load(held + query_head // GROUP).to(tl.int32)
             for slot in range(0, filled, KEY_BLOCK):
                 seen = slot + tl.arange(0, KEY_BLOCK)
                 k = tile(slot_key, slot, filled, HEAD_DIM, HEAD_DIM, DIM_BLOCK, KEY_BLOCK, True)
@@ -255,8 +269,8 @@ def _attend(
             tl.store(hashes + at, rows.to(tl.int32, bitcast=True))
 
 
-@triton.jit
-def _score(
+@triton.jit(do_not_specialize=["last_queries"])
+def score(
     query,
     key,
     key_positions,
@@ -282,6 +296,7 @@ def _score(
     keys,
     scale,
     sharpness,
+    last_queries,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -291,8 +306,15 @@ def _score(
     ALIBI: tl.constexpr,
     CAUSAL: tl.constexpr,
     NOISE: tl.constexpr,
+    LIMITED: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
-    """The scores that all queries together give to KEY_BLOCK keys of a key/value head."""
+    """What queries together give to KEY_BLOCK keys of a key/value head, or the LARGEST of it.
+
+    Where it is LIMITED, only the last so many queries are asked. The grid is one of
+    ceil(keys / KEY_BLOCK) * batch * kv_heads; ``scores`` (batch, kv_heads, keys) float32 go to
+    every score_stride-th row, all else is as in :func:`attend`, keys those of slots or new tokens.
+    """
     blocks = tl.cdiv(keys, KEY_BLOCK)
     start = tl.program_id(0) % blocks * KEY_BLOCK
     pair = (tl.program_id(0) // blocks).to(tl.int64)
@@ -317,6 +339,11 @@ def _score(
         first = tl.maximum(first, start // QUERY_BLOCK * QUERY_BLOCK)
         all_see = tl.minimum(tl.maximum(first, start + KEY_BLOCK), queries)
         all_see = tl.cdiv(all_see, QUERY_BLOCK) * QUERY_BLOCK
+    asked_from = 0
+    if LIMITED:
+        asked_from = tl.load(columns + 3 * batches + batch).to(tl.int32) + 1 - last_queries
+        before = tl.maximum(asked_from, 0) // QUERY_BLOCK * QUERY_BLOCK
+        first, all_see = tl.maximum(first, before), tl.maximum(all_see, before)
     factor = scale * LOG2_E * sharpness
     column = tl.arange(0, QUERY_BLOCK)
     k = tile(key, start, keys, key_stride, HEAD_DIM, DIM_BLOCK, KEY_BLOCK, True)
@@ -339,6 +366,8 @@ def _score(
                     of_query, block, queries, query_stride, HEAD_DIM, DIM_BLOCK, QUERY_BLOCK, True
                 )
                 log = tl.load(normal + of_head + block + column)
+                if LIMITED:
+                    log = tl.where(block + column >= asked_from, log, float("inf"))
                 shifted = bias
                 if ALIBI:
                     log += slope * column.to(tl.float32)
@@ -350,7 +379,10 @@ def _score(
                 if NOISE != "none":
                     rows = tl.load(hashes + of_head + block + column).to(tl.uint32, bitcast=True)
                     logits += zeta(rows[None, :], hash_of_key[:, None], NOISE) * sharpness
-                given += tl.sum(tl.exp2(logits - log[None, :]), axis=1)
+                if LARGEST:
+                    given = tl.maximum(given, tl.max(tl.exp2(logits - log[None, :]), axis=1))
+                else:
+                    given += tl.sum(tl.exp2(logits - log[None, :]), axis=1)
     at = scores + pair * score_stride + seen
     tl.store(at, given, mask=seen < keys)
 
@@ -362,120 +394,3 @@ def tiling(vector_bytes: int) -> tuple[int, int, int, int]:
     if vector_bytes <= 512:
         return 64, 32, 4, 2
     return 32, 32, 4, 1
-
-
-def attention(
-    query: Tensor,
-    slots: Tokens,
-    new: Tokens,
-    span: Span,
-    *,
-    scale: float,
-    alibi_slopes: Tensor | None = None,
-    scorer: Scorer | None = None,
-) -> Attended:
-    """attention.attention, without the weights; filled slots come before empty ones."""
-    query, alibi_slopes = readable(query), readable_slopes(alibi_slopes)
-    new = Tokens(*map(readable, (new.keys, new.values, new.positions, new.places)))
-    slots = Tokens(
-        slots.keys.contiguous(),
-        slots.values.contiguous(),
-        slots.positions.contiguous(),
-        slots.places.contiguous(),
-    )
-    batch, heads, queries, head_dim = query.shape
-    kv_heads, held = slots.positions.shape[1:]
-    dim_block = max(16, triton.next_power_of_2(head_dim))
-    output = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=query.device)
-    sharpness = 1.0 if scorer is None else 1.0 / scorer.tau
-    row = 0 if scorer is None else scorer.row
-    noise = "none" if scorer is None else scorer.noise_drawn
-    scores = None
-    long, short, warps, stages = tiling(dim_block * query.element_size())
-    padded = triton.cdiv(queries, long) * long
-    normal = query.new_empty(batch, heads, padded if scorer else 0, dtype=torch.float32)
-    hashes = normal.new_empty(normal.shape if noise != "none" else 0, dtype=torch.int32)
-    shape: dict[str, Any] = {
-        "GROUP": heads // kv_heads,
-        "HEAD_DIM": head_dim,
-        "DIM_BLOCK": dim_block,
-        "ALIBI": alibi_slopes is not None,
-        "NOISE": noise,
-    }
-    # One dimension: the others of a grid end at 65535 programs.
-    _attend[(padded // long * batch * heads,)](
-        query,
-        new.keys,
-        new.values,
-        slots.keys,
-        slots.values,
-        slots.positions,
-        slots.places,
-        alibi_slopes,
-        (slots.positions[:, 0] >= 0).sum(dim=-1) if held else None,
-        span.columns,
-        output,
-        normal,
-        hashes,
-        None if scorer is None else scorer.whose_noise(batch, query.device),
-        *query.stride()[:3],
-        *new.keys.stride()[:3],
-        *new.values.stride()[:3],
-        queries,
-        padded,
-        held,
-        scale,
-        sharpness,
-        math.log2(scorer.factor) if scorer is not None else 0.0,
-        math.log2(scorer.config.forgetting) if scorer is not None else 0.0,
-        row,
-        HEADS=heads,
-        SLOTS=held > 0,
-        SCORED=scorer is not None,
-        TAU_IS_1=sharpness == 1.0,
-        ONCE=scorer is not None and scorer.config.noise_schedule == "once",
-        NOISY=noise != "none" or sharpness != 1.0,
-        QUERY_BLOCK=long,
-        KEY_BLOCK=short,
-        num_warps=warps,
-        num_stages=stages,
-        **shape,
-    )
-    if scorer is not None:
-        scores = normal.new_empty(batch, kv_heads, held + queries)
-        for tokens, causal, at in ((slots, False, 0), (new, True, held)):
-            keys = tokens.keys.shape[2]
-            if not keys:
-                continue
-            _score[(triton.cdiv(keys, long) * batch * kv_heads,)](
-                query,
-                tokens.keys,
-                tokens.positions,
-                tokens.places,
-                alibi_slopes,
-                span.columns,
-                normal,
-                hashes,
-                scores[..., at:],
-                *query.stride()[:3],
-                *tokens.keys.stride()[:3],
-                *tokens.positions.stride()[:2],
-                *tokens.places.stride()[:2],
-                held + queries,
-                queries,
-                padded,
-                keys,
-                scale,
-                sharpness,
-                KV_HEADS=kv_heads,
-                QUERY_BLOCK=short,
-                KEY_BLOCK=long,
-                CAUSAL=causal,
-                num_warps=warps,
-                num_stages=stages,
-                **shape,
-            )
-    positions = new.positions
-    if held:
-        positions = torch.cat([slots.positions, positions], dim=-1)
-    return Attended(output.transpose(1, 2), positions, scores, None)

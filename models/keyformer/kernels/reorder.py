@@ -7,26 +7,12 @@ positions and those few keys and values, not its cache.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from keyformer.kernels.tiles import make_writable
-
-if TYPE_CHECKING:
-    from keyformer.cache import KeyformerLayer
-
-LARGEST_BATCH = 256
-"""Rows whose vectors of one slot fit in a program's registers."""
 
 
 @triton.jit
-def _take(
+def take(
     first_keys,
     first_key_scales,
     first_values,
@@ -39,10 +25,10 @@ def _take(
     batch,
     slots,
     KV_HEADS: tl.constexpr,
-    ROW: tl.constexpr,
-    ROW_BLOCK: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUPS_BLOCK: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+    ELEMENTS_BLOCK: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALES_BLOCK: tl.constexpr,
     BATCH_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -58,7 +44,7 @@ def _take(
     positions = tl.multiple_of(tl.load(addresses + 4).to(first_positions.dtype), 16)
     scores = tl.multiple_of(tl.load(addresses + 5).to(first_scores.dtype), 16)
     row, slot = tl.arange(0, BATCH_BLOCK), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    element = tl.arange(0, ROW_BLOCK)
+    element = tl.arange(0, ELEMENTS_BLOCK)
     parent = tl.load(parents + row, mask=row < batch, other=0).to(tl.int32)
     moved = (row < batch) & (parent != row)
     here = (row * KV_HEADS + tl.program_id(1)).to(tl.int64)[:, None] * slots + slot[None, :]
@@ -69,16 +55,16 @@ def _take(
     common = tl.load(shared + row * batch + parent, mask=moved, other=0)
     own_position = tl.load(positions + here, mask=mask, other=-1)
     differs = mask & ((position != own_position) | (position >= common[:, None]))
-    wanted = differs[:, :, None] & (element < ROW)[None, None, :]
-    here_at = here[:, :, None] * ROW + element[None, None, :]
-    there_at = there[:, :, None] * ROW + element[None, None, :]
+    wanted = differs[:, :, None] & (element < ELEMENTS)[None, None, :]
+    here_at = here[:, :, None] * ELEMENTS + element[None, None, :]
+    there_at = there[:, :, None] * ELEMENTS + element[None, None, :]
     k = tl.load(keys + there_at, mask=wanted, other=0)
     v = tl.load(values + there_at, mask=wanted, other=0)
-    if GROUPS > 0:
-        group = tl.arange(0, GROUPS_BLOCK)
-        scaled = differs[:, :, None] & (group < GROUPS)[None, None, :]
-        scale_at = here[:, :, None] * GROUPS + group[None, None, :]
-        parent_scale_at = there[:, :, None] * GROUPS + group[None, None, :]
+    if SCALES > 0:
+        group = tl.arange(0, SCALES_BLOCK)
+        scaled = differs[:, :, None] & (group < SCALES)[None, None, :]
+        scale_at = here[:, :, None] * SCALES + group[None, None, :]
+        parent_scale_at = there[:, :, None] * SCALES + group[None, None, :]
         k_scale = tl.load(key_scales + parent_scale_at, mask=scaled, other=0)
         v_scale = tl.load(value_scales + parent_scale_at, mask=scaled, other=0)
         tl.debug_barrier()
@@ -89,47 +75,3 @@ def _take(
     tl.store(scores + here, score, mask=mask)
     tl.store(keys + here_at, k, mask=wanted)
     tl.store(values + here_at, v, mask=wanted)
-
-
-def take(layers: Sequence[KeyformerLayer], parents: Tensor, shared: Tensor) -> None:
-    """Give row i of the slots of layers what row ``parents[i]`` has, in one launch.
-
-    Parameters
-    ----------
-    layers
-        Whose slots are changed: all of one shape, on one device.
-    parents
-        (batch,) int64.
-    shared
-        (batch, batch) int64: see :class:`keyformer.text.Text`.
-    """
-    for layer in layers:
-        make_writable(layer)
-    tensors = [getattr(layer, name) for layer in layers for name in layer._per_slot]
-    batch, kv_heads, slots, row = layers[0].keys.shape
-    groups = layers[0].key_scales.shape[-1]
-    row_block = max(16, triton.next_power_of_2(row))
-    batch_block = triton.next_power_of_2(batch)
-    block = max(1, 16384 // (batch_block * row_block))
-    _take[(triton.cdiv(slots, block), kv_heads, len(layers))](
-        *tensors[: len(layers[0]._per_slot)],
-        _table(tuple(tensor.data_ptr() for tensor in tensors), parents.device),
-        parents.contiguous(),
-        shared.contiguous(),
-        batch,
-        slots,
-        KV_HEADS=kv_heads,
-        ROW=row,
-        ROW_BLOCK=row_block,
-        GROUPS=groups,
-        GROUPS_BLOCK=triton.next_power_of_2(max(1, groups)),
-        BATCH_BLOCK=batch_block,
-        BLOCK=block,
-        num_warps=8,
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """Addresses where a kernel can read them; kept, since copying them waits for the device."""
-    return torch.tensor(addresses, device=device)

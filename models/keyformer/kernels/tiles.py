@@ -6,26 +6,17 @@ bits; within a tile 32 are enough, and faster.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from keyformer import attention
 
-if TYPE_CHECKING:
-    from keyformer.cache import KeyformerLayer
-
 HIDDEN = tl.constexpr(attention.HIDDEN)
 """The logit of a key that is not there: finite, so that no difference of two is NaN."""
 
 FARTHEST = 2**24
 """Elements from one vector to the next up to which a tile's offsets have 32 bits."""
-
-ALIGNED = 16
-"""Bytes that a thread loads at once: slots begin at a multiple."""
 
 
 def readable(vectors: Tensor) -> Tensor:
@@ -42,17 +33,6 @@ def readable(vectors: Tensor) -> Tensor:
 def readable_slopes(slopes: Tensor | None) -> Tensor | None:
     """ALiBi's slopes as the kernels read them: float32, side by side."""
     return None if slopes is None else slopes.float().contiguous()
-
-
-def make_writable(layer: KeyformerLayer) -> None:
-    """Lay out the slots of a layer as the kernels that write them in place count on.
-
-    Its own operations leave them so; this is for slots that somebody else has put there.
-    """
-    for name in layer._per_slot:
-        slots = getattr(layer, name)
-        if not slots.is_contiguous() or slots.data_ptr() % ALIGNED:
-            setattr(layer, name, slots.clone(memory_format=torch.contiguous_format))
 
 
 @triton.jit
@@ -87,7 +67,7 @@ def slot_tile(
     end,
     dtype: tl.constexpr,
     KIND: tl.constexpr,
-    GROUPS: tl.constexpr,
+    SCALES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -99,7 +79,7 @@ def slot_tile(
         slot, dim = tl.arange(0, BLOCK), tl.arange(0, DIM_BLOCK)
         filled = start + slot < end
         first = tl.cast(start, tl.int64)
-        scales += first * GROUPS
+        scales += first * SCALES
         there = filled[:, None] & (dim < HEAD_DIM)[None, :]
         if KIND != "int4":
             elements += first * HEAD_DIM
@@ -119,8 +99,8 @@ def slot_tile(
             at = elements + slot[:, None] * (HEAD_DIM // 2) + half[None, :]
             raw = tl.load(at, mask=filled[:, None], other=0)
             value = tl.join(raw & 15, raw >> 4).permute(0, 2, 1)
-            value = tl.reshape(value, [BLOCK, GROUPS, HEAD_DIM // GROUPS]).to(tl.float32) - 8
-            at = scales + slot[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+            value = tl.reshape(value, [BLOCK, SCALES, HEAD_DIM // SCALES]).to(tl.float32) - 8
+            at = scales + slot[:, None] * SCALES + tl.arange(0, SCALES)[None, :]
             scale = tl.load(at, mask=filled[:, None], other=0.0).to(tl.float32)
             return tl.reshape(value * scale[:, :, None], [BLOCK, HEAD_DIM]).to(dtype)
         else:
@@ -128,6 +108,6 @@ def slot_tile(
             elements += first * row
             raw = tl.load(elements + slot[:, None] * row + (dim % row)[None, :], there, other=0)
             value = ((raw.to(tl.int32) >> (dim // row * 4)[None, :]) & 15) - 8
-            group = dim // (HEAD_DIM // GROUPS)
-            scale = tl.load(scales + slot[:, None] * GROUPS + group[None, :], there, other=0.0)
+            group = dim // (HEAD_DIM // SCALES)
+            scale = tl.load(scales + slot[:, None] * SCALES + group[None, :], there, other=0.0)
             return (value.to(tl.float32) * scale.to(tl.float32)).to(dtype)

@@ -268,6 +268,11 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}: {platform.machine()}, {torch.get_num_threads()} threads"
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory in use so far: the GPU's allocations, or the process on a CPU."""
     if device.type == "cuda":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,9 +60,21 @@ class Job:
 
     def batches(self) -> list[list[int]]:
         """The items in the order and company in which they are computed."""
-        first = {key: number for number, key in reversed(list(enumerate(self.keys)))}
-        order = sorted(first.values(), key=lambda item: (-self.cost(item), item))
+        order = sorted(distinct(self.keys), key=lambda item: (-self.cost(item), item))
         return [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
+
+
+def distinct(keys: Sequence[str]) -> list[int]:
+    """Where each key stands first, in order."""
+    first: dict[str, int] = {}
+    for at, key in enumerate(keys):
+        first.setdefault(key, at)
+    return list(first.values())
+
+
+def keys_of(jobs: Iterable[Job]) -> list[str]:
+    """What all results of jobs are kept under; equal ones as often as there are."""
+    return [key for job in jobs for key in job.keys]
 
 
 def finish(
@@ -92,13 +105,14 @@ def finish(
         If the process is to stop, with a message that says what is kept.
     """
     state = PartialState()
-    every = list(dict.fromkeys(key for job in jobs for key in job.keys))
+    asked = keys_of(jobs)
+    every = list(dict.fromkeys(asked))
     if not resume:
         if state.is_local_main_process:
             store.forget(every)
         state.wait_for_everyone()
     done = store.done(every)
-    before = sum(key in done for job in jobs for key in job.keys)
+    before = sum(key in done for key in asked)
     number, machines = machine()
     plan = [(job, batch) for job in jobs for batch in job.batches()]
     plan.sort(key=lambda entry: (entry[0].group, -sum(map(entry[0].cost, entry[1]))))
@@ -125,14 +139,41 @@ def finish(
                     time.sleep(LOOK)
                 bar.look()
     except KeyboardInterrupt as stop:
-        kept = len(store.done(every))
-        told = f"{kept} of {len(every)} are kept in {store.path}, and the same command goes on"
-        raise type(stop)(told) from stop
+        raise told(stop, f"{len(store.done(every))} of {len(every)}", store) from stop
     finally:
         store.give_up()
     if machines > 1:
         exchange(store.found(mine), store)
     return before
+
+
+@contextmanager
+def finishing(
+    jobs: Sequence[Job],
+    store: Store,
+    device: torch.device,
+    *,
+    resume: bool = True,
+    unit: str = "item",
+) -> Iterator[tuple[int, bool]]:
+    """As :func:`finish`, but where the process is to stop, it does so after the block.
+
+    The block gets how many items had a result before, and whether all that there are is what was
+    done until the stop.
+    """
+    before, stopped = 0, None
+    try:
+        before = finish(jobs, store, device, resume=resume, unit=unit)
+    except KeyboardInterrupt as stop:
+        stopped = stop
+    yield before, stopped is not None
+    if stopped is not None:
+        raise stopped
+
+
+def told(stop: KeyboardInterrupt, what: str, store: Store) -> KeyboardInterrupt:
+    """A stop that says what is kept."""
+    return type(stop)(f"{what} are kept in {store.path}, and the same command goes on")
 
 
 class _Bar:

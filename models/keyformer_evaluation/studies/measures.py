@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -342,7 +342,46 @@ class Answered(OnItems):
 
 
 @dataclass(frozen=True)
-class Attention(OnItems):
+class Watched(OnItems):
+    """The base of what looks at attention while an item's reference is read after its prompt."""
+
+    depends_on: ClassVar[tuple[str, ...]] = ("dtype", "task", "prompt_kind", "max_new_tokens")
+    calls = 2
+
+    def watch(
+        self,
+        item: int,
+        config: KeyformerConfig,
+        device: torch.device,
+        tokens: int,
+        look: Callable[[int, Tensor, Attended], None],
+    ) -> None:
+        """Feed a prompt and the first tokens of its reference, each in one call.
+
+        Parameters
+        ----------
+        tokens
+            How many of the reference.
+        look
+            Is told what those attend to: layer, their positions, and the attention.
+        """
+        model, tokenizer = self.load(device)
+        prompt = self.prompt(item, model, tokenizer)
+        reference = TASKS[self.task].reference(self.items[item])
+        fed = encode(tokenizer, prompt, return_tensors="pt", return_token_type_ids=False)
+        fed = fed.to(model.device)
+        written = tokenizer(reference, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        written = written[:, :tokens].to(model.device)
+        cache = KeyformerCache(model.config, config, [noise_id(self.items[item])])
+        cache.max_new_tokens = self.max_new_tokens
+        with torch.no_grad():
+            model(**fed, past_key_values=cache, logits_to_keep=1)
+            cache.observer = look
+            model(input_ids=written, past_key_values=cache, logits_to_keep=1)
+
+
+@dataclass(frozen=True)
+class Attention(Watched):
     """How the tokens of the reference attend to the prompt and to each other.
 
     layer00, layer01, ...: percent of the weights below ``NEGLIGIBLE`` of their query's largest
@@ -351,36 +390,14 @@ class Attention(OnItems):
     configuration that evicts nothing.
     """
 
-    depends_on = ("dtype", "task", "prompt_kind", "max_new_tokens")
-
-    calls = 2
-
     def __call__(
         self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
     ) -> list[Result]:
         """Attend."""
-        model, tokenizer = self.load(device)
-        found = (
-            self._of(
-                self.items[item], self.prompt(item, model, tokenizer), model, tokenizer, config
-            )
-            for item in items
-        )
+        found = (self._of(item, config, device) for item in items)
         return [{name: round(value, 4) for name, value in of.items()} for of in found]
 
-    def _of(
-        self,
-        item: Item,
-        prompt: str,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        config: KeyformerConfig,
-    ) -> dict[str, float]:
-        reference = TASKS[self.task].reference(item)
-        fed = encode(tokenizer, prompt, return_tensors="pt", return_token_type_ids=False)
-        fed = fed.to(model.device)
-        written = tokenizer(reference, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        written = written[:, : self.max_new_tokens - 1].to(model.device)
+    def _of(self, item: int, config: KeyformerConfig, device: torch.device) -> dict[str, float]:
         sparse: list[Tensor] = []
         masses: list[Tensor] = []
 
@@ -398,19 +415,14 @@ class Attention(OnItems):
             count = (shares * known[..., None]).round().to(torch.int64).clamp(min=1) - 1
             masses.append(summed.gather(-1, count.expand(*summed.shape[:3], -1)).mean((0, 1, 2)))
 
-        cache = KeyformerCache(model.config, config)
-        cache.max_new_tokens = self.max_new_tokens
-        with torch.no_grad():
-            model(**fed, past_key_values=cache, logits_to_keep=1)
-            cache.observer = look
-            model(input_ids=written, past_key_values=cache, logits_to_keep=1)
+        self.watch(item, config, device, self.max_new_tokens - 1, look)
         mass = torch.stack(masses).mean(dim=0)
         by_layer = {f"layer{i:02}": 100 * float(share) for i, share in enumerate(sparse)}
         return by_layer | {f"mass{s:03}": 100 * float(m) for s, m in zip(SHARES, mass, strict=True)}
 
 
 @dataclass(frozen=True)
-class Softmax(OnItems):
+class Softmax(Watched):
     """What one head of the first item's first new token attends to (Fig. 4).
 
     position: of each token in the cache and of the new one, in order; weight: its share.
@@ -420,8 +432,7 @@ class Softmax(OnItems):
     layer: int = 0
     head: int = 0
 
-    depends_on = ("dtype", "task", "prompt_kind", "max_new_tokens", "layer", "head")
-    calls = 2
+    depends_on = (*Watched.depends_on, "layer", "head")
 
     @property
     def contents(self) -> list[Item]:
@@ -432,19 +443,8 @@ class Softmax(OnItems):
         self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
     ) -> list[Result]:
         """Attend."""
-        model, tokenizer = self.load(device)
-        prompt = self.prompt(0, model, tokenizer)
-        reference = TASKS[self.task].reference(self.items[0])
-        fed = encode(tokenizer, prompt, return_tensors="pt", return_token_type_ids=False)
-        fed = fed.to(model.device)
-        written = tokenizer(reference, add_special_tokens=False, return_tensors="pt")["input_ids"]
         seen: dict[int, Attended] = {}
-        cache = KeyformerCache(model.config, config, [noise_id(self.items[0])])
-        cache.max_new_tokens = self.max_new_tokens
-        with torch.no_grad():
-            model(**fed, past_key_values=cache, logits_to_keep=1)
-            cache.observer = lambda layer, _, attended: seen.update({layer: attended})
-            model(input_ids=written[:, :1].to(model.device), past_key_values=cache)
+        self.watch(0, config, device, 1, lambda layer, _, attended: seen.update({layer: attended}))
         attended = seen.get(self.layer)
         if attended is None:
             raise InputError(f"--layer must be from 0 to {len(seen) - 1}, got {self.layer}")

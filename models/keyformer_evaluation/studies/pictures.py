@@ -160,17 +160,16 @@ def draw_grid(
     rows: Sequence[Row],
     x: str,
     y: str,
-    metric: str | None = None,
     span: tuple[float, float] | None = None,
 ) -> None:
-    """A metric over two labels, as colours and numbers.
+    """The metric that rows are compared by over two labels, as colours and numbers.
 
     Parameters
     ----------
     span
         What the colours reach over; by default the values there are.
     """
-    metric = metric or _metric(rows[0])
+    metric = _metric(rows[0])
     across = list(dict.fromkeys(row.labels[x] for row in rows))
     down = list(dict.fromkeys(row.labels[y] for row in rows))
     found = {(row.labels[y], row.labels[x]): row.values[metric][0] for row in rows}

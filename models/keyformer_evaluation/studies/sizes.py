@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Iterable, Sequence
 
 from keyformer.config import METHODS, KeyformerConfig
-from keyformer_evaluation.studies.pictures import method_curves
-from keyformer_evaluation.studies.study import Study
+from keyformer_evaluation.studies.pictures import Figure, method_curves
+from keyformer_evaluation.studies.study import Results, Study
 from keyformer_evaluation.studies.sweep import Cell, Steps, plain
 from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
 from keyformer_evaluation.tasks import flags as flag
@@ -75,4 +75,9 @@ def sweep_sizes(
                 labelled(method="keyformer", kv_cache=size),
                 labelled(method=other, kv_cache=size),
             )
-    study.write(results, method_curves(results, "kv_cache", "cache, % of the prompt", title))
+    study.write(results, size_curves(results, title))
+
+
+def size_curves(results: Results, title: str) -> Figure:
+    """A panel each: every method over the size of the cache."""
+    return method_curves(results, "kv_cache", "cache, % of the prompt", title)

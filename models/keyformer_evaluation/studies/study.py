@@ -8,7 +8,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,9 +104,7 @@ class Study:
         self.argv = sys.argv[1:] if argv is None else argv
         parser = flag.Parser(prog=f"{name}.py", description=description)
         parser.add_argument("--model_path", nargs="+", help="default: the bundled models")
-        parser.add_argument(
-            "--n_obs", type=flag.whole(1), help="items, drawn at random (default: all)"
-        )
+        flag.n_obs_flag(parser)
         parser.add_argument(
             "--seeds", nargs="+", type=flag.SEED, default=[0, 1, 2], help="of the noise"
         )
@@ -144,21 +142,30 @@ class Study:
 
     def _load(self, items: Callable[[str], list[Item]] | None) -> dict[str, list[Item]]:
         """By task its documents."""
-        paths, tasks = self.flags.dataset_path or (), self.flags.task
-        if paths and len(paths) != len(tasks):
-            raise InputError(
-                f"--dataset_path must name one file for each --task, got"
-                f" {len(paths)} for {len(tasks)}"
-            )
-        given = dict(zip(tasks, paths, strict=False))
+        given = self.by_task("dataset_path") if self.flags.dataset_path else {}
         found: dict[str, list[Item]] = {}
-        for task in tasks:
+        for task in self.flags.task:
             if items is not None and not given:
                 of_task = items(task)
             else:
                 of_task = load_items(given.get(task, BUNDLED[task]), TASKS[task])
             found[task] = self.sample(task, of_task)
         return found
+
+    def by_task(self, name: str) -> dict[str, Path]:
+        """The file of each task that a flag names.
+
+        Raises
+        ------
+        InputError
+            If there are more or fewer than tasks.
+        """
+        paths, tasks = getattr(self.flags, name), self.flags.task
+        if len(paths) != len(tasks):
+            raise InputError(
+                f"--{name} must name one file for each --task, got {len(paths)} for {len(tasks)}"
+            )
+        return dict(zip(tasks, paths, strict=True))
 
     def sample(self, task: str, items: list[Item]) -> list[Item]:
         """As many of a task's documents as --n_obs and --quick say."""
@@ -352,5 +359,5 @@ def _flat(row: Row) -> Labels:
 
 def _changed(config: KeyformerConfig) -> Labels:
     """The settings that are not the defaults."""
-    default = asdict(KeyformerConfig())
-    return {name: value for name, value in asdict(config).items() if value != default[name]}
+    default = KeyformerConfig().plain()
+    return {name: value for name, value in config.plain().items() if value != default[name]}

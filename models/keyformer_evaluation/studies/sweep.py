@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from keyformer.config import KeyformerConfig
 from keyformer_evaluation.records.identity import Settings, environment, weights_hash
 from keyformer_evaluation.records.processes import own_device
 from keyformer_evaluation.records.store import Result, Source, Store
-from keyformer_evaluation.records.work import Job, finish
+from keyformer_evaluation.records.work import Job, finish, keys_of
 
 Labels = dict[str, Any]
 PerItem = dict[str, list[float]]
@@ -70,7 +70,7 @@ class Run:
     def job(self, device: torch.device) -> Job:
         """It as work on items, for a process that computes on this device."""
         measure, config = self.measure, self.config
-        settings = {name: plain(value) for name, value in asdict(config).items()}
+        settings = {name: plain(value) for name, value in config.plain().items()}
         if not config.draws_noise:
             settings["seed"] = None
         return Job(
@@ -160,7 +160,7 @@ class Found:
     """
 
     def __init__(self, jobs: Mapping[Run, Job], store: Store) -> None:
-        self.keys = [key for job in jobs.values() for key in job.keys]
+        self.keys = keys_of(jobs.values())
         results = store.results(self.keys)
         self.per_item = {
             run: _joined([results[key] for key in job.keys]) for run, job in jobs.items()
@@ -248,7 +248,7 @@ def carry_out(studies: Iterable[Steps]) -> None:
             jobs_here = [job for _, of, at in answers if at is store for job in of.values()]
             # What this very call has measured counts in any case.
             new = [job for job in jobs_here if not begun.issuperset(job.keys)]
-            begun.update(key for job in new for key in job.keys)
+            begun.update(keys_of(new))
             if new:
                 finish(new, store, device, resume=resume)
         asked = []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from keyformer.quantize import weight_bytes
 from keyformer_evaluation.records.processes import is_main
 from keyformer_evaluation.records.results import check_record, record, write_json
 from keyformer_evaluation.records.store import Store
-from keyformer_evaluation.records.work import finish
+from keyformer_evaluation.records.work import Job, finishing, keys_of
 from keyformer_evaluation.tasks import flags as flag
 from keyformer_evaluation.tasks.data import (
     TASKS,
@@ -33,6 +34,9 @@ from keyformer_evaluation.tasks.run import check_lengths, generated, generation,
 
 ANSWER_TOKENS = 16
 """The longest answer to a question."""
+
+Setting = tuple[str, int, KeyformerConfig]
+"""Method, seed and configuration of a run."""
 
 
 def compare(
@@ -69,76 +73,54 @@ def compare(
     model, tokenizer = load(flags)
     room = trained_room(model, flags.max_new_tokens)
     kind = prompt_kind(flags.prompt, tokenizer)
-    asked = questions_of(items) if flags.questions else []
-    names = [
-        name_of(method, config, seed if len(flags.seeds) > 1 else None)
-        for method, seed, config in settings
-    ]
     prompts = [make_prompt(item, task, tokenizer, room, kind) for item in items]
+    asked = questions_of(items) if flags.questions else []
     asking = [conversation(question.messages, tokenizer, kind) for question in asked]
-    whose = [f"item {numbers[question.item]} with a question" for question in asked]
     if asked:
-        answer_room = trained_room(model, ANSWER_TOKENS)
-        check_lengths(asking, whose, tokenizer, answer_room, "leave out --questions")
-    texts, answers = (
-        [
-            generation(
-                flags,
-                model,
-                tokenizer,
-                these,
-                config,
-                seed,
-                num_beams=flags.beam,
-                max_new_tokens=most,
-            )
+        whose = [f"item {numbers[question.item]} with a question" for question in asked]
+        room = trained_room(model, ANSWER_TOKENS)
+        check_lengths(asking, whose, tokenizer, room, "leave out --questions")
+
+    def jobs_of(these: Sequence[str], most: int) -> list[Job]:
+        options = {"num_beams": flags.beam, "max_new_tokens": most}
+        return [
+            generation(flags, model, tokenizer, these, config, seed, **options)
             for _, seed, config in settings
         ]
-        for these, most in ((prompts, flags.max_new_tokens), (asking, ANSWER_TOKENS))
-    )
-    jobs, stopped = [*texts, *answers], None
-    try:
-        finish(jobs, store, model.device, resume=flags.resume, unit="prompt")
-    except KeyboardInterrupt as stop:
-        stopped = stop
-    found, said = ([generated(job, store) for job in of] for of in (texts, answers))
-    # Stopped, rows are still over the same items: those that all of them have.
-    common, common_asked = (sorted(set.intersection(*map(set, of))) for of in (found, said))
-    results = []
-    for (method, seed, config), of, of_asked in zip(settings, found, said, strict=True):
-        row = {"method": method, "kv_cache": config.kv_cache, "seed": seed}
-        some = [items[item] for item in common]
-        figures = summary([of[item] for item in common], some, task, flags.rouge_tokenizer)
-        if asked:
-            right = [answered(of_asked[n].texts[0], asked[n].answer) for n in common_asked]
-            figures |= {"questions": len(right), "answered": sum(right)}
-        results.append({**row, "config": asdict(config), **figures})
-    if is_main() and common:
-        for item in common[: flags.show]:
-            print(f"\nitem {numbers[item]}\n  reference: {_line(task.reference(items[item]))}")
-            print_texts(names, [of[item] for of in found])
-            for n in common_asked:
-                if asked[n].item == item:
-                    print(f"  {asked[n].text} ({asked[n].answer})")
-                    print_texts(names, [of[n] for of in said])
-        if stopped is not None:
-            print(f"\nstopped: {len(common)} of {len(items)} items are done under every method")
-        print_table(results)
-    if is_main() and flags.record and stopped is None:
-        described = {"model": flags.model_name, "task": task_name, "items": len(items)}
-        described |= {"prompt": kind, "beam": flags.beam, "quantize": flags.quantize}
-        described["rouge_tokenizer"] = flags.rouge_tokenizer
-        described["weight_bytes"] = weight_bytes(model)
-        sources = store.sources(key for job in jobs for key in job.keys)
-        write_json(flags.record, {**described, **record(sources), "rows": results})
-    if stopped is not None:
-        raise stopped
+
+    texts, answers = jobs_of(prompts, flags.max_new_tokens), jobs_of(asking, ANSWER_TOKENS)
+    jobs = [*texts, *answers]
+    with finishing(jobs, store, model.device, resume=flags.resume, unit="prompt") as (_, stopped):
+        done = Comparison(
+            task,
+            settings,
+            numbers,
+            items,
+            asked,
+            texts=[generated(job, store) for job in texts],
+            answers=[generated(job, store) for job in answers],
+        )
+        results = done.rows(flags.rouge_tokenizer)
+        if is_main() and done.common:
+            names = [name_of(*setting, several=len(flags.seeds) > 1) for setting in settings]
+            done.show(names, flags.show)
+            if stopped:
+                of_all = f"{len(done.common)} of {len(items)}"
+                print(f"\nstopped: {of_all} items are done under every method")
+            print_table(results)
+        if is_main() and flags.record and not stopped:
+            described = {"model": flags.model_name, "task": task_name, "items": len(items)}
+            described |= {"prompt": kind, "beam": flags.beam, "quantize": flags.quantize}
+            described["rouge_tokenizer"] = flags.rouge_tokenizer
+            described["weight_bytes"] = weight_bytes(model)
+            came = record(store.sources(keys_of(jobs)))
+            write_json(flags.record, {**described, **came, "rows": results})
 
 
-def name_of(method: str, config: KeyformerConfig, seed: int | None) -> str:
-    """What tells a run from others, its seed where it draws with several."""
+def name_of(method: str, seed: int, config: KeyformerConfig, several: bool) -> str:
+    """What tells a run from others, its seed where it draws with ``several``."""
     size = "" if method == "full" else f" {config.kv_cache:g} %"
-    return f"{method}{size}" + (f", seed {seed}" if seed is not None and config.draws_noise else "")
+    return f"{method}{size}" + (f", seed {seed}" if several and config.draws_noise else "")
 
 
 def chosen(count: int, flags: argparse.Namespace) -> list[int]:
@@ -186,6 +168,69 @@ def questions_of(items: Sequence[Item]) -> list[Question]:
     ]
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What every run wrote; if it was stopped, over the same items: those that all have.
+
+    Attributes
+    ----------
+    settings
+        Method, seed and configuration of each run.
+    numbers
+        Of the items, in their dataset.
+    asked
+        Questions about them.
+    texts, answers
+        For each run what it wrote, by the number of the item and of the question.
+    """
+
+    task: Task
+    settings: Sequence[Setting]
+    numbers: Sequence[int]
+    items: Sequence[Item]
+    asked: Sequence[Question]
+    texts: Sequence[dict[int, Generated]]
+    answers: Sequence[dict[int, Generated]]
+
+    @cached_property
+    def common(self) -> list[int]:
+        """The items that every run is done with."""
+        return sorted(set.intersection(*map(set, self.texts)))
+
+    @cached_property
+    def common_asked(self) -> list[int]:
+        """The questions that every run has answered."""
+        return sorted(set.intersection(*map(set, self.answers)))
+
+    def rows(self, rouge_tokenizer: str) -> list[dict[str, Any]]:
+        """Each run's figures."""
+        found = []
+        runs = zip(self.settings, self.texts, self.answers, strict=True)
+        for (method, seed, config), texts, answers in runs:
+            row = {"method": method, "kv_cache": config.kv_cache, "seed": seed}
+            written = [texts[item] for item in self.common]
+            done = [self.items[item] for item in self.common]
+            figures = summary(written, done, self.task, rouge_tokenizer)
+            if self.asked:
+                right = [
+                    answered(answers[n].texts[0], self.asked[n].answer) for n in self.common_asked
+                ]
+                figures |= {"questions": len(right), "answered": sum(right)}
+            found.append({**row, "config": config.plain(), **figures})
+        return found
+
+    def show(self, names: Sequence[str], most: int) -> None:
+        """Print what each run, by these names, wrote for the first items."""
+        for item in self.common[:most]:
+            reference = self.task.reference(self.items[item])
+            print(f"\nitem {self.numbers[item]}\n  reference: {_line(reference)}")
+            print_texts(names, [of[item] for of in self.texts])
+            for n in self.common_asked:
+                if self.asked[n].item == item:
+                    print(f"  {self.asked[n].text} ({self.asked[n].answer})")
+                    print_texts(names, [of[n] for of in self.answers])
+
+
 def print_texts(names: Sequence[str], texts: Sequence[Generated]) -> None:
     """What each run wrote, a line each."""
     for name, of in zip(names, texts, strict=True):
@@ -226,7 +271,7 @@ def parse(
     flag.prompt_flag(parser)
     parser.add_argument("--dataset_path", default=here / "data" / "sample_eval.json")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--n_obs", type=flag.whole(1), help="items, drawn at random (default: all)")
+    flag.n_obs_flag(which)
     which.add_argument("--items", nargs="+", type=flag.whole(0), help="or these, by their numbers")
     parser.set_defaults(questions=False)
     if task is TASKS["summarization"]:
@@ -242,12 +287,12 @@ def parse(
         "--show", type=flag.whole(0), default=0, help="print the texts of this many items"
     )
     flag.rouge_flag(parser)
-    parser.add_argument("--record", type=Path, help="write the rows and their record as JSON")
+    flag.record_flag(parser)
     flag.store_flags(parser, here / "out" / "finished.sqlite")
     return parser.parse_args(argv)
 
 
-def rows(flags: argparse.Namespace) -> Iterator[tuple[str, int, KeyformerConfig]]:
+def rows(flags: argparse.Namespace) -> Iterator[Setting]:
     """Each run as (method, seed, configuration); what draws no noise runs once."""
     for method in flags.methods:
         for kv_cache in flags.kv_cache if method != "full" else [100.0]:

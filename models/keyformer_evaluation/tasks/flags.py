@@ -11,9 +11,11 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
+from keyformer.budgets import POLICIES
 from keyformer.config import CACHE_DTYPES, METHODS, POSITIONS, InputError, KeyformerConfig
 from keyformer.integration import check_device
 from keyformer.quantize import QUANTIZATIONS
+from keyformer.rules import RULES
 from keyformer_evaluation.records.processes import is_main, leave
 from keyformer_evaluation.tasks.data import PROMPTS, TASKS
 from keyformer_evaluation.tasks.rouge import TOKENIZERS
@@ -193,6 +195,21 @@ def method_flags(parser: argparse.ArgumentParser, default: str = "full") -> None
         help="what slots hold keys and values in: auto, the model's dtype, or fewer bits"
         " (default: %(default)s)",
     )
+    group.add_argument(
+        "--rule",
+        nargs="+",
+        metavar="NAME[=SHARE]",
+        default=[defaults.rule],
+        help=f"what ranks tokens: {', '.join(RULES)}; or several, each with its share of the key"
+        " tokens, as in accumulated=0.9 last=0.1 (default: accumulated)",
+    )
+    group.add_argument(
+        "--budgets",
+        choices=POLICIES,
+        default=defaults.budgets,
+        help="how layers and heads share the cache: alike, fewer from layer to layer, or by the"
+        " scores of a layer's heads (default: %(default)s)",
+    )
     chunk_flag(group)
     for name, when in (("tau_init", "at the prompt"), ("tau_end", "at the last token")):
         group.add_argument(
@@ -236,12 +253,29 @@ def method_config(flags: argparse.Namespace) -> tuple[str, KeyformerConfig]:
     method = "keyformer" if flags.keyformer else flags.attention or "full"
     names = (
         *("kv_cache", "recent", "kv_budget", "prefill_chunk", "tau_init", "tau_end"),
-        *("positions", "cache_dtype"),
+        *("positions", "cache_dtype", "budgets"),
     )
-    settings = {name: getattr(flags, name) for name in names}
+    settings = {name: getattr(flags, name) for name in names} | {"rule": _rule(flags.rule)}
     # Out of range is an error under every method, also where the method fixes the value.
     KeyformerConfig(**settings)
     return method, KeyformerConfig.preset(method, **settings)
+
+
+def _rule(given: Sequence[str]) -> Any:
+    """What the configuration takes for the values of ``--rule``."""
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    pairs = []
+    for text in given:
+        name, _, share = text.partition("=")
+        try:
+            pairs.append((name, float(share)))
+        except ValueError:
+            raise InputError(
+                "--rule takes a name, or names with their shares, as in accumulated=0.9 last=0.1;"
+                f" got {text!r}"
+            ) from None
+    return tuple(pairs)
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
@@ -337,11 +371,17 @@ def task_flags(
     save_path
         Default of --save_path.
     """
+    _data_flags(parser, task, dataset_path)
+    _output_flags(parser, out, save_path)
+    _generation_flags(parser, TASKS[task].max_new_tokens)
+
+
+def _data_flags(parser: argparse.ArgumentParser, task: str, dataset_path: Path) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--task", choices=TASKS, default=task, help="how items become prompts")
     prompt_flag(group)
     group.add_argument("--dataset_path", default=dataset_path, help="JSON list or JSON lines")
-    group.add_argument("--n_obs", type=whole(1), help="items, drawn at random (default: all)")
+    n_obs_flag(group)
     group.add_argument("--seed", type=SEED, default=0, help="of every draw (default: 0)")
     group.add_argument(
         "--max_tokenizer_length",
@@ -354,6 +394,8 @@ def task_flags(
     group.add_argument("--padding", choices=("longest", "max_length"), default="longest")
     group.add_argument("--padding_side", choices=("left", "right"), default="left")
 
+
+def _output_flags(parser: argparse.ArgumentParser, out: Path, save_path: Path) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--save_path", type=Path, default=save_path)
     group.add_argument("--score_path", type=Path, default=out / "scores.json")
@@ -383,6 +425,8 @@ def task_flags(
     rouge_flag(group)
     store_flags(group, out / "finished.sqlite")
 
+
+def _generation_flags(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     group = parser.add_argument_group("generation")
     group.add_argument(
         "--bs",
@@ -402,7 +446,7 @@ def task_flags(
     group.add_argument(
         "--max_new_tokens",
         type=whole(1),
-        default=TASKS[task].max_new_tokens,
+        default=max_new_tokens,
         help="generated at most (default: %(default)s)",
     )
     group.add_argument(
@@ -410,6 +454,16 @@ def task_flags(
     )
     group.add_argument("--min_gen_length", type=whole(0), default=0, help="generated at least")
     group.add_argument("--eos_token_id", type=whole(0), help="ends a text (default: the model's)")
+
+
+def n_obs_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag for how many items of a dataset."""
+    parser.add_argument("--n_obs", type=whole(1), help="items, drawn at random (default: all)")
+
+
+def record_flag(parser: argparse._ActionsContainer) -> None:
+    """The flag for a record of rows."""
+    parser.add_argument("--record", type=Path, help="write the rows and their record as JSON")
 
 
 def rouge_flag(parser: argparse._ActionsContainer) -> None:

@@ -18,12 +18,13 @@ from keyformer_evaluation.records.identity import environment, weights_hash
 from keyformer_evaluation.records.processes import is_main, own_device
 from keyformer_evaluation.records.results import (
     check_record,
+    dtype_name,
     peak_memory_bytes,
     record,
     write_record,
 )
 from keyformer_evaluation.records.store import Result, Store
-from keyformer_evaluation.records.work import Job, finish
+from keyformer_evaluation.records.work import Job, finishing
 from keyformer_evaluation.tasks import flags as flag
 from keyformer_evaluation.tasks.attentions import check_attentions
 from keyformer_evaluation.tasks.data import (
@@ -154,7 +155,7 @@ def generation(
             "quantize": flags.quantize,
             "slow tokenizer": flags.use_slow_tokenizer,
             "padding side": tokenizer.padding_side,
-            "config": asdict(config),
+            "config": config.plain(),
             "seed": seed if draws else None,
             "bs": flags.bs,
             **options,
@@ -189,8 +190,7 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     method, config = flag.method_config(flags)
     flag.check_task_flags(flags)
     task = TASKS[flags.task]
-    saves_attentions = flags.save_attentions or flags.save_prompt_attentions
-    if saves_attentions:
+    if saves_attentions(flags):
         check_attentions(flags.attentions_path)
     check_record(flags.score_path, flags.save_path, store=flags.store)
     items = sample(load_items(flags.dataset_path, task), flags.n_obs, flags.seed)
@@ -198,28 +198,94 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load(flags)
     tokenizer.padding_side = flags.padding_side
     kind = prompt_kind(flags.prompt, tokenizer)
+    prompts, longest = task_prompts(flags, items, model, tokenizer, config, kind)
+    job = task_generation(flags, model, tokenizer, prompts, config, longest)
+    resume = flags.resume and not saves_attentions(flags)
+    with finishing([job], store, model.device, resume=resume, unit="doc") as (kept, _):
+        found = generated(job, store)
+        done = [items[item] for item in found]
+        result = {
+            **summary([*found.values()], done, task, flags.rouge_tokenizer),
+            "unfinished": len(items) - len(found),
+            "items_from_store": kept,
+            "rouge_tokenizer": flags.rouge_tokenizer,
+            "model": flags.model_name if not flags.model_path else Path(flags.model_path).name,
+            "task": flags.task,
+            "prompt": kind,
+            "method": method,
+            "config": config.plain(),
+            "dtype": dtype_name(model.dtype),
+            "quantize": flags.quantize,
+            "weight_bytes": weight_bytes(model),
+            **record(store.sources(job.keys)),
+            "peak_memory_bytes": peak_memory_bytes(model.device),
+        }
+        if flags.output_sequence_scores:
+            result["sequence_scores"] = [of.sequence_scores for of in found.values()]
+        if is_main() and found:
+            lines = [" ".join(text.split()) for of in found.values() for text in of.texts]
+            texts = "".join(line + "\n" for line in lines)
+            write_record(flags.score_path, result, {flags.save_path: texts})
+    return result
 
+
+def saves_attentions(flags: argparse.Namespace) -> bool:
+    """Whether the flags ask for attention weights."""
+    return flags.save_attentions or flags.save_prompt_attentions
+
+
+def task_prompts(
+    flags: argparse.Namespace,
+    items: Sequence[Item],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: KeyformerConfig,
+    kind: str,
+) -> tuple[list[str], int | None]:
+    """The items' prompts, and the tokens that they were cut to; None with --no_truncation.
+
+    Raises
+    ------
+    InputError
+        If the model's positions have no room for a prompt.
+    """
     room = prompt_room(model, flags.max_new_tokens, config)
     longest = flags.max_tokenizer_length if room is None else min(flags.max_tokenizer_length, room)
     if flags.no_truncation:
         longest = None
-    prompts = [make_prompt(item, task, tokenizer, longest, kind) for item in items]
+    prompts = [make_prompt(item, TASKS[flags.task], tokenizer, longest, kind) for item in items]
     if flags.no_truncation:
         names = [f"item {number}" for number in range(len(items))]
         advice = "leave out --no_truncation, or lower --max_new_tokens"
         check_lengths(prompts, names, tokenizer, room, advice)
-    job = generation(
+    return prompts, longest
+
+
+def task_generation(
+    flags: argparse.Namespace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    config: KeyformerConfig,
+    longest: int | None,
+) -> Job:
+    """The :func:`generation` that all flags of a task script ask for.
+
+    Parameters
+    ----------
+    longest
+        Tokens that prompts were cut to, which --padding max_length fills up.
+    """
+    which = flags.save_prompt_attentions, flags.save_attentions
+    attentions = (flags.attentions_path, *which) if saves_attentions(flags) else None
+    return generation(
         flags,
         model,
         tokenizer,
         prompts,
         config,
         flags.seed,
-        attentions=(
-            (flags.attentions_path, flags.save_prompt_attentions, flags.save_attentions)
-            if saves_attentions
-            else None
-        ),
+        attentions=attentions,
         padding=flags.padding,
         max_prompt_tokens=longest if flags.padding == "max_length" else None,
         max_total_tokens=flags.max_gen_length,
@@ -228,38 +294,6 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
         sequence_scores=flags.output_sequence_scores,
         **flag.generate_options(flags),
     )
-    resume = flags.resume and not saves_attentions
-    stopped, kept = None, 0
-    try:
-        kept = finish([job], store, model.device, resume=resume, unit="doc")
-    except KeyboardInterrupt as stop:
-        stopped = stop
-    found = generated(job, store)
-    result = {
-        **summary([*found.values()], [items[item] for item in found], task, flags.rouge_tokenizer),
-        "unfinished": len(items) - len(found),
-        "items_from_store": kept,
-        "rouge_tokenizer": flags.rouge_tokenizer,
-        "model": flags.model_name if not flags.model_path else Path(flags.model_path).name,
-        "task": flags.task,
-        "prompt": kind,
-        "method": method,
-        "config": asdict(config),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "quantize": flags.quantize,
-        "weight_bytes": weight_bytes(model),
-        **record(store.sources(job.keys)),
-        "peak_memory_bytes": peak_memory_bytes(model.device),
-    }
-    if flags.output_sequence_scores:
-        result["sequence_scores"] = [of.sequence_scores for of in found.values()]
-    if is_main() and found:
-        lines = [" ".join(text.split()) for of in found.values() for text in of.texts]
-        texts = "".join(line + "\n" for line in lines)
-        write_record(flags.score_path, result, {flags.save_path: texts})
-    if stopped is not None:
-        raise stopped
-    return result
 
 
 def generated(job: Job, store: Store) -> dict[int, Generated]:

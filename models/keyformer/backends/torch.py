@@ -1,0 +1,125 @@
+"""The torch backend: attention in query chunks, so that nothing is quadratic in a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from keyformer.attention import HIDDEN, Attended, AttentionSpec, Tokens
+from keyformer.score import Scorer
+from keyformer.slots import Slots
+
+CHUNK_ELEMENTS = {"cpu": 2**20, "gpu": 2**23}
+"""Logits held at a time, in queries times keys over batch and heads: chunks of queries keep
+memory linear in the prompt's length. On a CPU a chunk should stay in its cache."""
+
+
+def prefill(
+    query: Tensor,
+    slots: Tokens,
+    new: Tokens,
+    spec: AttentionSpec,
+    scorer: Scorer | None = None,
+    output_weights: bool = False,
+) -> Attended:
+    """Attend from new tokens to cached slots and, causally, to each other.
+
+    The output uses the plain softmax of x (Eq. 4); noise and temperature touch only the
+    scores. A key is seen by every query at its own or a later place. Padding queries see
+    what the last token before them does, unless they have a place, and give no score.
+
+    Parameters
+    ----------
+    query
+        (batch, heads, queries, head_dim), one of each new token; heads is a multiple of
+        kv_heads.
+    slots, new
+        Cached tokens in any order, and the new ones in theirs, alike in all heads.
+    spec
+        How the layer attends; keys are rotated already.
+    scorer
+        Ranks the tokens; None where nothing is ranked.
+    output_weights
+        Return the weights too, which takes memory quadratic in a prompt.
+    """
+    batch, heads, queries, head_dim = query.shape
+    kv_heads, held = slots.positions.shape[1:]
+    group = heads // kv_heads
+    alibi_slopes, softcap, window = spec.alibi_slopes, spec.softcap, spec.window
+    # Scaled before the product, which in float16 could otherwise overflow.
+    query = (query * spec.scale).view(batch, kv_heads, group, queries, head_dim)
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.view(kv_heads, group, 1, 1)
+    asked = scorer.config.asked if scorer is not None else ()
+    received = tuple(
+        query.new_zeros(batch, kv_heads, held + queries, dtype=torch.float32) for _ in asked
+    )
+    # Filled in place: small results kept between large temporaries would fragment the heap.
+    output = torch.empty_like(query)
+    weights = []
+    last = new.positions[:, 0].amax(dim=-1)
+    # Padding without a place of its own asks from that of the last token before it.
+    asking = new.places[:, 0].cummax(dim=-1).values
+    if held:
+        asking = torch.where(asking < 0, slots.places[:, 0].amax(dim=-1, keepdim=True), asking)
+    chunk_elements = CHUNK_ELEMENTS["cpu" if query.device.type == "cpu" else "gpu"]
+    reach = queries if window is None else min(queries, 2 * window)
+    chunk = max(1, chunk_elements // max(1, batch * heads * (held + reach)))
+    for start in range(0, queries, chunk):
+        end = min(start + chunk, queries)
+        # From column to column places go up by one at least, so none before these is in reach.
+        first = 0 if window is None else max(0, start + 1 - window)
+        seen = new[first:end]
+        asker = query[:, :, :, start:end].flatten(2, 3)
+        asked_from = asking[:, start:end]
+        places = torch.cat([slots.places, seen.places], dim=-1)
+        known = torch.cat([slots.positions, seen.positions], dim=-1)
+
+        # Two products instead of one over joined keys: joining would copy the whole cache.
+        logits = torch.cat([asker @ t.keys.transpose(2, 3) for t in (slots, seen)], dim=-1)
+        logits = logits.view(batch, kv_heads, group, end - start, held + end - first).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        distance = places[:, :, None, None, :] - asked_from[:, None, None, :, None]
+        if alibi_slopes is not None:
+            logits = logits + alibi_slopes * distance
+        hidden = (distance > 0) | (known < 0)[:, :, None, None, :]
+        if window is not None:
+            hidden |= distance <= -window
+        logits = logits.masked_fill(hidden, HIDDEN)
+
+        probability = torch.softmax(logits, dim=-1)
+        mixed = probability.to(new.values.dtype).flatten(2, 3)
+        mean = mixed[..., :held] @ slots.values + mixed[..., held:] @ seen.values
+        output[:, :, :, start:end] = mean.view(batch, kv_heads, group, end - start, head_dim)
+        if scorer is not None:
+            asked_at = new.positions[:, 0, start:end]
+            with torch.no_grad():
+                given = scorer(logits, asked_at, known, last)
+            for one, every, some in zip(asked, received, given, strict=True):
+                if some is None:
+                    continue
+                for here, more in (
+                    (every[..., :held], some[..., :held]),
+                    (every[..., held + first : held + end], some[..., held:]),
+                ):
+                    here.copy_(one.merged(here, more))
+        if output_weights:
+            every = probability.new_zeros(batch, heads, end - start, held + queries)
+            every[..., :held] = probability[..., :held].flatten(1, 2)
+            every[..., held + first : held + end] = probability[..., held:].flatten(1, 2)
+            weights.append(every)
+    return Attended(
+        output=output.flatten(1, 2),
+        positions=torch.cat([slots.positions, new.positions], dim=-1),
+        received=received,
+        weights=torch.cat(weights, dim=2) if output_weights else None,
+    )
+
+
+def reorder(layers: Sequence[Slots], parents: Tensor, shared: Tensor) -> None:
+    """Give row i of the slots of layers what row ``parents[i]`` has, whatever they share."""
+    for layer in layers:
+        layer.select(parents)

@@ -1,0 +1,182 @@
+"""What a rule is: the score of each token, from what it asks for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from keyformer.errors import InputError
+
+if TYPE_CHECKING:
+    from keyformer.config import KeyformerConfig
+
+KINDS = ("sum", "largest")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a rule wants to know of the attention that tokens receive.
+
+    Attention is f of Eq. 9: with the noise and the temperature of the configuration; for
+    ``noise="none"`` and ``tau = 1`` it is the model's own.
+
+    Parameters
+    ----------
+    kind
+        Over the queries of a forward and the query heads that share a key: their "sum", or the
+        "largest".
+    queries
+        Only those of the last so many tokens of a forward; None for all.
+
+    Raises
+    ------
+    InputError
+        If it can be neither.
+    """
+
+    kind: str = "sum"
+    queries: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.queries is not None:
+            check_whole("queries", self.queries)
+
+    def merged(self, one: Tensor, other: Tensor) -> Tensor:
+        """What two sets of queries come to together."""
+        return one + other if self.kind == "sum" else torch.maximum(one, other)
+
+
+@dataclass
+class Candidates:
+    """The tokens of a layer that compete for its slots after a forward: who is there, then the new.
+
+    They are of this forward alone: what a rule wants to keep of them it has to copy.
+
+    Attributes
+    ----------
+    positions
+        (batch, kv_heads, tokens) int64, the position in the text; negative where there is no
+        token, or one that the attention mask hides.
+    before
+        The same shape, float32: the scores that this rule gave after the last forward; 0 for new
+        tokens.
+    received
+        The same shape, float32: the attention that the rule asked for; None if it asked for none.
+    queries
+        (batch,) int64: new tokens, which are the queries of this forward.
+    seen
+        (batch,) int64: tokens of the text so far.
+    length
+        No position is as large; the same for the whole batch.
+    config
+        The settings of the method.
+    """
+
+    positions: Tensor
+    before: Tensor
+    received: Tensor | None
+    queries: Tensor
+    seen: Tensor
+    length: int
+    config: KeyformerConfig
+    read: Callable[[], tuple[Tensor, Tensor]]
+    """Gives :attr:`keys` and :attr:`values`, which not every rule looks at."""
+
+    @cached_property
+    def _vectors(self) -> tuple[Tensor, Tensor]:
+        return self.read()
+
+    @property
+    def keys(self) -> Tensor:
+        """(batch, kv_heads, tokens, head_dim) float32, as attention reads them: rotated, too."""
+        return self._vectors[0].float()
+
+    @property
+    def values(self) -> Tensor:
+        """(batch, kv_heads, tokens, head_dim) float32."""
+        return self._vectors[1].float()
+
+    @property
+    def there(self) -> Tensor:
+        """Where there is a token, (batch, kv_heads, tokens) bool."""
+        return self.positions >= 0
+
+    def by_position(self, numbers: Tensor) -> Tensor:
+        """Numbers of tokens (batch, kv_heads, tokens) in the order of the text.
+
+        Returns
+        -------
+        Tensor
+            (batch, kv_heads, length): neighbours in the text side by side, 0 where a head has no
+            token.
+        """
+        nowhere = self.positions.masked_fill(~self.there, self.length)
+        ordered = numbers.new_zeros(*numbers.shape[:2], self.length + 1)
+        return ordered.scatter_(-1, nowhere, numbers)[..., :-1]
+
+    def at(self, ordered: Tensor) -> Tensor:
+        """The inverse of :meth:`by_position`; heads may be 1, the same for all."""
+        ordered = ordered.expand(-1, self.positions.shape[1], -1)
+        return ordered.gather(-1, self.positions.clamp(min=0)).masked_fill(~self.there, 0)
+
+
+class Rule(ABC):
+    """What a token is worth to its key/value head. The least worth leave.
+
+    A rule is asked after each forward: a prompt, a part of one, a decode step. Whether a token is
+    of the recent window or a sink, which stay, is not its business.
+
+    Attributes
+    ----------
+    asks
+        What it wants to know of attention; None if nothing.
+    """
+
+    asks: ClassVar[Asked | None] = None
+
+    @abstractmethod
+    def score(self, tokens: Candidates) -> Tensor:
+        """The worth of each token, (batch, kv_heads, tokens) float32.
+
+        What is given for a place without a token does not matter. It comes back as
+        ``tokens.before`` after the next forward.
+        """
+
+    def __str__(self) -> str:
+        """Its name and what is set in it."""
+        return repr(self)
+
+
+def pooled(ordered: Tensor, width: int) -> Tensor:
+    """The mean over each number's ``width`` neighbours, itself the middle one; 0 beyond the ends.
+
+    Parameters
+    ----------
+    ordered
+        (batch, heads, length).
+    """
+    if width == 1:
+        return ordered
+    return torch.nn.functional.avg_pool1d(ordered, width, stride=1, padding=width // 2)
+
+
+def check_whole(name: str, value: Any, *, odd: bool = False) -> None:
+    """Refuse what is no whole number >= 1, or, if it is to be ``odd``, is even.
+
+    Raises
+    ------
+    InputError
+        Naming it.
+    """
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not fits or (odd and value % 2 == 0):
+        kind = "an odd number" if odd else "a whole number"
+        raise InputError(f"{name} must be {kind} >= 1, got {value!r}")

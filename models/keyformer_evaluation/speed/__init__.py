@@ -1,0 +1,1 @@
+"""How fast models with random weights are: engines side by side, and the floor under each."""

@@ -1,0 +1,74 @@
+"""Engines side by side: the same random weights in transformers' own model and an evicting one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from keyformer.cache import KeyformerCache
+from keyformer.config import KeyformerConfig
+from keyformer.integration import enable_keyformer
+from keyformer_evaluation.speed.shapes import model_config
+
+ENGINES = ("stock", "full", "window", "h2o", "keyformer")
+"""transformers' own model, and methods of this one: full keeps all, window scores nothing."""
+
+
+class Engines:
+    """One model under every engine, and what is fed to it.
+
+    Parameters
+    ----------
+    shape
+        Key of ``SHAPES``.
+
+    Attributes
+    ----------
+    stock, evicting
+        The two models, which share their weights.
+    layers, heads, kv_heads, head_dim
+        The model's sizes.
+    """
+
+    def __init__(self, shape: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        config = model_config(shape)
+        config.update({"use_cache": True, "eos_token_id": None, "pad_token_id": 0})
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.stock = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        shared = {id(t): t for t in (*self.stock.parameters(), *self.stock.buffers())}
+        self.evicting = enable_keyformer(copy.deepcopy(self.stock, shared))
+        self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
+        self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
+        self.head_dim = config.hidden_size // self.heads
+
+    def model(self, config: KeyformerConfig | None) -> PreTrainedModel:
+        """The model that runs a method; None is stock transformers."""
+        return self.stock if config is None else enable_keyformer(self.evicting, config)
+
+    def cache(self, config: KeyformerConfig | None, new_tokens: int = 1) -> Any:
+        """An empty cache for a prompt and ``new_tokens`` after it."""
+        if config is None:
+            return DynamicCache(config=self.stock.config)
+        cache = KeyformerCache(self.evicting.config, config)
+        cache.max_new_tokens = new_tokens
+        return cache
+
+    def filled(self, batch: int, length: int) -> DynamicCache:
+        """stock's cache with random keys and values, as after prompts of any length."""
+        cache = self.cache(None)
+        shape = (batch, self.kv_heads, length, self.head_dim)
+        for layer in range(self.layers):
+            pair = torch.randn(2, *shape, dtype=self.stock.dtype, device=self.device)
+            cache.update(*pair, layer)
+        return cache
+
+    def tokens(self, batch: int, length: int) -> Tensor:
+        """Random ones, (batch, length)."""
+        vocabulary = self.stock.config.vocab_size
+        return torch.randint(1, vocabulary, (batch, length), device=self.device)
