@@ -150,10 +150,6 @@ class Rule(ABC):
         ``tokens.before`` after the next forward.
         """
 
-    def __str__(self) -> str:
-        """Its name and what is set in it."""
-        return repr(self)
-
 
 def pooled(ordered: Tensor, width: int) -> Tensor:
     """The mean over each number's ``width`` neighbours, itself the middle one; 0 beyond the ends.
