@@ -315,7 +315,7 @@ def write_tokenizer(folder: Path, name: str, vocab_size: int, texts: str = SENTE
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
         [texts],
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - 8,  # room for tokens that are added later
         special_tokens=[END],
         show_progress=False,
     )

@@ -73,7 +73,7 @@ def check_same(case: Case, tolerance: float = 1e-4) -> None:
             assert torch.allclose(ours[filled], theirs[filled], atol=tolerance), name
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(case=cases)
 def test_equals_literal_algorithm(case: Case) -> None:
     """Every option, position scheme and group, padded batches, later prompts: Algorithm 1."""
@@ -94,9 +94,9 @@ def test_scores_added_up_by_several_programs(monkeypatch, method: str, score: st
     """A range of slots each, one of them empty; padding in a step, and slots not filled yet."""
     monkeypatch.setattr(keyformer.kernels.decode, "SETTLED", 64)
     config = KeyformerConfig.preset(method, kv_cache=90, seed=3, score=score)
-    check_same(Case(config, 1, 3, [150, 60], [1, 1, 2, 1], alibi=True, seed=0))
+    check_same(Case(config, 1, 3, [150, 60], [1, 2, 1], alibi=True, seed=0))
     roomy = dataclasses.replace(config, kv_budget=250)
-    check_same(Gap(roomy, 1, 2, [90, 140], [1] * 3, alibi=True, seed=0))
+    check_same(Gap(roomy, 1, 2, [90, 140], [1] * 2, alibi=True, seed=0))
 
 
 def turned_round(path: Path):
@@ -289,16 +289,16 @@ def test_noise_is_that_of_score(kind: str) -> None:
 def test_generate(arch: str, layers: int, heads: int, options, settings_) -> None:
     """Greedy and with beams, whose slots the reordering kernel changes in place."""
     model = small_stock(arch, layers=layers, heads=heads).to(DEVICE)
-    prompt = torch.randint(1, 61, (2, 14), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    prompt = torch.randint(1, 61, (2, 10), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     mask = torch.ones_like(prompt)
-    mask[0, :5] = 0
+    mask[0, :3] = 0
     texts = []
     for backend in ("torch", "triton"):
         config = KeyformerConfig(kv_cache=60, seed=1, backend=backend, **settings_)
         model = enable_keyformer(model, config)
         texts.append(
             model.generate(
-                prompt, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, **options
+                prompt, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, **options
             )
         )
     assert torch.equal(*texts)
@@ -358,7 +358,7 @@ def test_rotations_of_neighbours(head_dim: int, rotary_dim: int, dtype: torch.dt
         assert torch.allclose(got.float(), expected, atol=1e-5 if dtype == torch.float32 else 3e-2)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     rounds=st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=1, max_size=3),
     seed=st.integers(0, 100),
@@ -489,7 +489,7 @@ def test_replayed_steps_equal_run_ones(monkeypatch, arch: str, options) -> None:
         let_capture(monkeypatch, model, cache)
         torch.manual_seed(0)
         text = prompts[0]
-        for tokens, prompt in ((5, prompts[1]), (4, prompts[1][:, :0]))[: 3 - beams]:
+        for tokens, prompt in ((4, prompts[1]), (3, prompts[1][:, :0]))[: 3 - beams]:
             chosen = {"max_new_tokens": tokens, "min_new_tokens": tokens, **options}
             chosen["attention_mask"] = torch.ones_like(text)
             chosen["attention_mask"][0, 0] = 0  # padding: a mask of ones is dropped on the way

@@ -316,7 +316,7 @@ def test_bad_input_is_named(flags, more, says) -> None:
     ("name", "more", "says"),
     [
         ("fig4", ["--layer", "-1"], "--layer"),
-        ("fig4", ["--layer", "9"], "--layer must be from 0 to 2"),
+        ("fig4", ["--layer", "9"], "--layer must be from 0 to 1"),
         ("fig4", ["--layer", "0", "--head", "9"], "--head must be from 0 to"),
         ("beyond", ["--task", "summarization"], "--search_path"),
     ],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import script
-from originals import write_original
+from originals import ORIGINALS, write_original
 from transformers import AutoTokenizer
 
 from keyformer import InputError, KeyformerCache, load_model
@@ -80,16 +80,18 @@ def caches(monkeypatch) -> list[KeyformerCache]:
 
 BATCHES = [["--bs", "1"], ["--bs", "4", "--beam", "4", "--early_stopping"]]
 SIZES = ["20", "90"]
+ARCHS = [*ORIGINALS]
 
 
 @pytest.mark.parametrize(
-    ("method", "batch", "kv_cache"),
+    ("arch", "method", "batch", "kv_cache"),
     [
-        (method, batch, SIZES[(number + more) % 2])
+        (ARCHS[(number + more) % 3], method, batch, SIZES[(number + more) % 2])
         for number, method in enumerate(METHODS)
         for more, batch in enumerate(BATCHES)
     ],
-)  # every pair of two of them
+    scope="session",
+)  # every pair of two of them, but for methods and models, of which each method has two
 def test_every_method_keeps_its_budget(run, caches, method, batch, kv_cache) -> None:
     scores, lines = run("--attention", method, "--kv_cache", kv_cache, *batch)
     assert len(lines) == 5
@@ -135,7 +137,7 @@ def test_flags_reach_generation(run, monkeypatch) -> None:
 
 
 def test_seed_decides_sampling_and_noise(run) -> None:
-    flags = ("--do_sample", "--keyformer", "--kv_cache", "40", "--seed")
+    flags = ("--n_obs", "2", "--do_sample", "--keyformer", "--kv_cache", "40", "--seed")
     assert run(*flags, "1")[1] == run(*flags, "1")[1]
     assert run(*flags, "1")[1] != run(*flags, "2")[1]
 
@@ -186,10 +188,10 @@ def test_attentions_are_saved_without_pickle(run, tmp_path, which: str) -> None:
 def test_prompts_in_chunks(run) -> None:
     """Full attention gives the same summaries; of an evicting method the caches stay as large."""
     options = ("--attention", "full", "--bs", "3")
-    assert run(*options)[1] == run(*options, "--prefill_chunk", "7")[1]
+    assert run(*options)[1] == run(*options, "--prefill_chunk", "50")[1]
     whole, _ = run("--keyformer", "--kv_cache", "50")
-    chunked, _ = run("--keyformer", "--kv_cache", "50", "--prefill_chunk", "7")
-    assert chunked["config"]["prefill_chunk"] == 7
+    chunked, _ = run("--keyformer", "--kv_cache", "50", "--prefill_chunk", "50")
+    assert chunked["config"]["prefill_chunk"] == 50
     assert chunked["kv_bytes_prompt"] == whole["kv_bytes_prompt"]
 
 

@@ -10,7 +10,7 @@ import copy
 import io
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -58,6 +58,17 @@ RIGHT_EAGER = [name for name in NAMES if name != "falcon alibi"]
 WITH_SDPA = [name for name in NAMES if name not in ("mpt", "gptj", "bloom", "gemma2")]
 ALIKE_IN_BOTH = [name for name in WITH_SDPA if name != "falcon alibi"]
 """Models that have sdpa in transformers, and those of which it agrees with eager attention."""
+
+
+def in_turn(names: Iterable[str], ways: Iterable[Any], each: int = 1) -> list[tuple[str, Any]]:
+    """Pairs: every way for the paper's models, and as many as ``each`` in turn for the others."""
+    ways, others = [*ways], [name for name in names if name not in ORIGINALS]
+    some = [
+        (name, ways[(number + more) % len(ways)])
+        for number, name in enumerate(others)
+        for more in range(each)
+    ]
+    return some + [(name, way) for name in ORIGINALS for way in ways]
 
 
 def dropping(name: str, dropout: float) -> PreTrainedModel:
@@ -156,7 +167,7 @@ def generated(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) ->
 # generate's outputs
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, MODES, each=2))
 def test_generate_dict_outputs_use_cache(name, stock, evicting, full, padded, mode: str) -> None:
     """Same parts, shapes, dtypes and values; a step's weights are (rows, heads, 1, columns)."""
     options = {**MODES[mode], **wanted_from(name)}
@@ -164,7 +175,7 @@ def test_generate_dict_outputs_use_cache(name, stock, evicting, full, padded, mo
     alike(generated(evicting(full), padded, **options), expected, padded["attention_mask"].bool())
 
 
-@pytest.mark.parametrize("mode", ["greedy", "beam_search"])
+@pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, ["greedy", "beam_search"]))
 def test_generate_dict_outputs(name, stock, evicting, full, padded, mode: str) -> None:
     """With use_cache=False: every step gives the outputs of the whole text, and no cache."""
     options = {**MODES[mode], **wanted_from(name), "length": 3, "use_cache": False}
@@ -172,7 +183,7 @@ def test_generate_dict_outputs(name, stock, evicting, full, padded, mode: str) -
     alike(generated(evicting(full), padded, **options), expected, padded["attention_mask"].bool())
 
 
-@pytest.mark.parametrize("mode", ["greedy", "beam_search"])
+@pytest.mark.parametrize(("name", "mode"), in_turn(NAMES, ["greedy", "beam_search"]))
 def test_generate(stock, evicting, full, prompt, mode: str) -> None:
     """A row whose mask ends in zeros, as transformers' own tests have them: its first token comes
     from a column that is not shown itself, and sees those that are."""
@@ -197,7 +208,7 @@ def test_generate_dict_outputs_in_bfloat16(name, full, padded) -> None:
         assert [t.dtype for t in got[part]] == [t.dtype for t in expected[part]]
 
 
-@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize(("name", "num_beams"), in_turn(NAMES, [1, 2]))
 def test_generate_from_inputs_embeds(stock, evicting, full, padded, num_beams: int) -> None:
     """With input_ids beside them and without; other embeddings give other scores."""
     model = evicting(full)
@@ -218,7 +229,7 @@ def test_generate_from_inputs_embeds(stock, evicting, full, padded, num_beams: i
     assert not torch.allclose(got.scores[0], first.scores[0])
 
 
-@pytest.mark.parametrize("embeds", [False, True])
+@pytest.mark.parametrize(("name", "embeds"), in_turn(NAMES, [False, True]))
 def test_generate_continue_from_past_key_values(stock, evicting, full, prompt, embeds) -> None:
     """Three tokens and then one more on the cache that generate returned equal four at once."""
     texts = []
@@ -278,8 +289,10 @@ def candidates_by(kind: str, model: PreTrainedModel, stock: PreTrainedModel) -> 
     return {"assistant_model": assistant}
 
 
-@pytest.mark.parametrize("kind", ["same", "random", "prompt lookup"])
-@pytest.mark.parametrize("name", CROPPABLE)
+ASSISTED = ["same", "random", "prompt lookup"]
+
+
+@pytest.mark.parametrize(("name", "kind"), in_turn(CROPPABLE, ASSISTED))
 def test_assisted_decoding_matches_greedy_search(name, stock, evicting, full, kind: str) -> None:
     outputs = []
     for model in (copy.deepcopy(stock), evicting(full)):
@@ -290,8 +303,7 @@ def test_assisted_decoding_matches_greedy_search(name, stock, evicting, full, ki
     assert torch.equal(outputs[1].sequences, greedy)
 
 
-@pytest.mark.parametrize("kind", ["random", "prompt lookup"])
-@pytest.mark.parametrize("name", CROPPABLE)
+@pytest.mark.parametrize(("name", "kind"), in_turn(CROPPABLE, ASSISTED[1:]))
 def test_assisted_decoding_sample(name, stock, evicting, full, kind: str) -> None:
     texts = []
     for model in (copy.deepcopy(stock), evicting(full)):
@@ -300,7 +312,7 @@ def test_assisted_decoding_sample(name, stock, evicting, full, kind: str) -> Non
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("kind", ["same", "random", "prompt lookup"])
+@pytest.mark.parametrize("kind", ASSISTED)
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt", *ORIGINALS])
 class TestAssistedDecodingUnderEviction:
     """Tokens that were rejected cannot be taken back once others have left for them."""
@@ -379,7 +391,7 @@ def same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert (got[key] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-5, key
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(("name", "dropout"), in_turn(NAMES, [0.0, 0.2]))
 def test_training(name, full, prompt, dropout: float) -> None:
     """Dropout is drawn as the stock model draws it."""
     stock = dropping(name, dropout)
@@ -391,7 +403,7 @@ def test_training(name, full, prompt, dropout: float) -> None:
             assert not torch.allclose(stock.eval()(prompt, labels=prompt).loss, expected["loss"])
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize(("name", "reentrant"), in_turn(NAMES, [None, False, True]))
 def test_training_gradient_checkpointing(stock, evicting, full, prompt, reentrant) -> None:
     """Layers that are computed again find what they found the first time."""
     model = evicting(full)
@@ -413,7 +425,7 @@ def test_training_without_a_cache_under_eviction(name, stock, evicting, prompt) 
     same_gradients(gradients(model, prompt, use_cache=False), expected)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("name", "reentrant"), in_turn(NAMES, [False, True]))
 def test_enable_input_require_grads_with_gradient_checkpointing(
     stock, evicting, full, prompt, reentrant: bool
 ) -> None:
@@ -564,7 +576,7 @@ def test_eager_matches_sdpa_inference_in_bfloat16(name, full, prompt) -> None:
 # The model as an object
 
 
-@pytest.mark.parametrize("size", [50, 77])
+@pytest.mark.parametrize(("name", "size"), in_turn(NAMES, [50, 77]))
 def test_resize_tokens_embeddings(stock, evicting, full, prompt, size: int) -> None:
     """Fewer tokens and more, after enabling."""
     inputs = {"input_ids": prompt.clamp(max=49)}
@@ -595,7 +607,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "torch.save"])
+@pytest.mark.parametrize(("name", "way"), in_turn(NAMES, ["torch.save", "deepcopy"]))
 def test_torch_save_load(name, stock, padded, way: str) -> None:
     """A copy is of the same class, evicts alike, and can be disabled."""
     # Not a copy of ``stock``: transformers' models that were once asked for hidden states hold
