@@ -37,7 +37,7 @@ from transformers import PreTrainedConfig
 
 import keyformer.rules
 from keyformer import InputError, KeyformerCache, KeyformerConfig, enable_keyformer, load_model
-from keyformer.budgets import Adaptive, Pyramid
+from keyformer.budgets import Adaptive, Policy, Pyramid
 from keyformer.precision import dequantize, quantize
 from keyformer.rules import (
     Accumulated,
@@ -890,3 +890,27 @@ def test_what_cannot_be_is_named(make, says: list[str]) -> None:
     message = str(error.value)
     assert "\n" not in message
     assert all(word in message for word in says), message
+
+
+@dataclass(frozen=True)
+class Misshapen(keyformer.rules.Rule):
+    """Forgets the heads."""
+
+    def score(self, tokens: Candidates) -> Tensor:
+        return tokens.before.sum(dim=1)
+
+
+class Debt(Policy):
+    """Gives less than nothing."""
+
+    def key_slots(self, shared: Any) -> Tensor:
+        return -shared.key_slots[:, None]
+
+
+@pytest.mark.parametrize("settings", [{"rule": Misshapen()}, {"budgets": Debt()}])
+def test_what_a_rule_or_policy_of_ones_own_may_not_give(settings: dict[str, Any]) -> None:
+    case = Case(KeyformerConfig(kv_cache=50, **settings), 1, 1, [8], [1], False, 0)
+    with pytest.raises(
+        InputError, match=r"^(rule Misshapen\(\)|budgets .*Debt.*) must give [^\n]*$"
+    ):
+        list(case.run())

@@ -151,6 +151,23 @@ class Rule(ABC):
         """
 
 
+def checked(rule: Rule, tokens: Candidates) -> Tensor:
+    """What a rule gives, float32.
+
+    Raises
+    ------
+    InputError
+        If it is not a number for each token.
+    """
+    score = rule.score(tokens)
+    wanted = tuple(tokens.positions.shape)
+    if not isinstance(score, Tensor) or score.shape != wanted or score.is_complex():
+        is_tensor = isinstance(score, Tensor)
+        got = f"{tuple(score.shape)} {score.dtype}" if is_tensor else type(score).__name__
+        raise InputError(f"rule {rule} must give a tensor {wanted} of scores, got {got}")
+    return score.float()
+
+
 def pooled(ordered: Tensor, width: int) -> Tensor:
     """The mean over each number's ``width`` neighbours, itself the middle one; 0 beyond the ends.
 
