@@ -29,6 +29,7 @@ from rules_oracle import (
     leverage,
     long_keys,
     observed,
+    peak,
     pyramid,
 )
 from test_algorithm import check_output
@@ -48,6 +49,7 @@ from keyformer.rules import (
     Last,
     Leverage,
     Observed,
+    Peak,
 )
 from keyformer.score import temperature
 
@@ -117,6 +119,8 @@ RULES: dict[str, tuple[Any, Rule]] = {
     ),
     "last": ("last", Rule(last)),
     "last pooled": (Last(pooling=5), Rule(partial(last, pooling=5))),
+    "peak": ("peak", Rule(peak)),
+    "peak of two": (Peak(queries=2, pooling=3), Rule(partial(peak, queries=2, pooling=3))),
     "key_diversity": ("key_diversity", Rule(key_diversity, rounding=1e-5)),
     "leverage": ("leverage", Rule(leverage, rounding=2e-3)),
     "largest": ("largest", Rule(largest)),

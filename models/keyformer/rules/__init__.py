@@ -12,6 +12,7 @@ from keyformer.rules.keys import KeyDiversity, Leverage
 from keyformer.rules.largest import Largest
 from keyformer.rules.last import Last
 from keyformer.rules.observed import Observed
+from keyformer.rules.peak import Peak
 from keyformer.rules.rule import Asked, Candidates, Rule, pooled
 
 __all__ = ["RULES", "Asked", "Candidates", "Rule", "Shares", "formula", "pooled", "shares"]
@@ -20,6 +21,7 @@ RULES: dict[str, type[Rule]] = {
     "accumulated": Accumulated,
     "observed": Observed,
     "last": Last,
+    "peak": Peak,
     "largest": Largest,
     "key_diversity": KeyDiversity,
     "leverage": Leverage,

@@ -181,6 +181,13 @@ def pooled(ordered: Tensor, width: int) -> Tensor:
     return torch.nn.functional.avg_pool1d(ordered, width, stride=1, padding=width // 2)
 
 
+def remembered(tokens: Candidates, queries: int) -> Tensor:
+    """What is left of the scores before, where about the last ``queries`` queries count."""
+    new = tokens.queries[:, None, None]
+    part = (1 - 1 / queries) ** new.float()
+    return tokens.before * part.masked_fill(new >= queries, 0)
+
+
 def check_whole(name: str, value: Any, *, odd: bool = False) -> None:
     """Refuse what is no whole number >= 1, or, if it is to be ``odd``, is even.
 
