@@ -289,7 +289,8 @@ def test_arguments_come_as_lm_eval_parses_them(mpt) -> None:
 
 
 def test_b1_quantize_is_a_model_argument(mpt) -> None:
-    lm = KeyformerLM.create_from_arg_string(f"pretrained={mpt},quantize=int8", {"device": "cpu"})
+    arguments = f"pretrained={mpt},method=full,quantize=int8"
+    lm = KeyformerLM.create_from_arg_string(arguments, {"device": "cpu"})
     assert weight_bytes(lm.model) < weight_bytes(model(mpt).model)
     (total, _), (plain, _) = (
         one.loglikelihood(ask("loglikelihood", PAIRS[0]))[0] for one in (lm, model(mpt))
