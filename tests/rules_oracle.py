@@ -296,6 +296,23 @@ def last(heads: list[Told], before: list[Scores], pooling: int = 1) -> list[Scor
     return [{t: pooled(received, t.position, pooling) for t in told.tokens} for told in heads]
 
 
+def peak(
+    heads: list[Told], before: list[Scores], queries: int = 32, pooling: int = 5
+) -> list[Scores]:
+    """The most that one of the last queries gave a token in any head, and its neighbours."""
+    new = len(heads[0].received)
+    decay = (1 - 1 / queries) ** new if new < queries else 0.0
+    received: dict[int, float] = {}
+    for told in heads:
+        for gives in told.received[-queries:]:
+            for t, by_head in gives.items():
+                received[t.position] = max([received.get(t.position, 0.0), *by_head])
+    return [
+        {t: max(was[t] * decay, pooled(received, t.position, pooling)) for t in told.tokens}
+        for told, was in zip(heads, before, strict=True)
+    ]
+
+
 def pooled(received: dict[int, float], position: int, pooling: int) -> float:
     """The average around a position, where what is not there received 0."""
     half = (pooling - 1) // 2

@@ -87,6 +87,32 @@ def test_methods(method: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rule", "budgets"),
+    [
+        ("observed(queries=8,pooling=3)", "uniform"),
+        ("largest", "uniform"),
+        ("0.6*accumulated + 0.4*last", "adaptive"),
+        ("leverage", "uniform"),
+        ("accumulated", "adaptive"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the decode kernels do not know")
+def test_rules_and_budgets(rule: str, budgets: str) -> None:
+    """The prefill kernel gives what a rule asks of a prompt, a later one and a step; the decode
+    kernel keeps each head to its own budget."""
+    config = KeyformerConfig(kv_cache=60, seed=3, rule=rule, budgets=budgets)
+    check_same(Case(config, 2, 2, [90, 50], [1, 1, 20, 1], alibi=True, seed=0))
+
+
+def test_a_rule_that_the_decode_kernels_do_not_know_is_said() -> None:
+    config = KeyformerConfig(kv_cache=60, rule="largest", seed=3, backend="triton")
+    keyformer.backends.choice._say_slow.cache_clear()
+    with pytest.warns(UserWarning, match="do not know the rule largest: torch decides") as said:
+        list(Case(config, 1, 1, [9], [1, 1], True, 0, device=DEVICE).run())
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
     ("method", "score"),
     [("keyformer", "per_layer"), ("h2o", "shared"), ("window", "per_layer")],
 )

@@ -274,7 +274,7 @@ def study(name: str, model_path: Path, out: Path, *flags: str) -> list[dict[str,
 
 
 def test_retrieval_writes_a_record_and_the_needles_by_place(model_path, articles, tmp_path) -> None:
-    flags = ["--articles", str(articles), "--lengths", "20", "30", "--depths", "0", "100"]
+    flags = ["--articles", str(articles), "--lengths", "20", "25", "--depths", "0", "100"]
     flags += ["--needles", "1", "--methods", "h2o", "keyformer", "--sizes", "30", "50"]
     flags += ["--n_obs", "2"]
     rows = study("retrieval", model_path, tmp_path / "out", *flags)
@@ -287,7 +287,7 @@ def test_retrieval_writes_a_record_and_the_needles_by_place(model_path, articles
         places = list(csv.DictReader(file))
     assert [row["task"] for row in places[::4]] == ["full", "h2o 50 %", "keyformer 50 %"]
     assert {(row["words"], row["depth"]) for row in places} == {
-        (words, depth) for words in ("20", "30") for depth in ("0", "100")
+        (words, depth) for words in ("20", "25") for depth in ("0", "100")
     }
     assert (tmp_path / "out" / "retrieval_needles.svg").exists()
 

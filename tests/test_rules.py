@@ -29,6 +29,7 @@ from rules_oracle import (
     leverage,
     long_keys,
     observed,
+    peak,
     pyramid,
 )
 from test_algorithm import check_output
@@ -37,7 +38,7 @@ from transformers import PreTrainedConfig
 
 import keyformer.rules
 from keyformer import InputError, KeyformerCache, KeyformerConfig, enable_keyformer, load_model
-from keyformer.budgets import Adaptive, Pyramid
+from keyformer.budgets import Adaptive, Policy, Pyramid
 from keyformer.precision import dequantize, quantize
 from keyformer.rules import (
     Accumulated,
@@ -48,6 +49,7 @@ from keyformer.rules import (
     Last,
     Leverage,
     Observed,
+    Peak,
 )
 from keyformer.score import temperature
 
@@ -117,6 +119,8 @@ RULES: dict[str, tuple[Any, Rule]] = {
     ),
     "last": ("last", Rule(last)),
     "last pooled": (Last(pooling=5), Rule(partial(last, pooling=5))),
+    "peak": ("peak", Rule(peak)),
+    "peak of two": (Peak(queries=2, pooling=3), Rule(partial(peak, queries=2, pooling=3))),
     "key_diversity": ("key_diversity", Rule(key_diversity, rounding=1e-5)),
     "leverage": ("leverage", Rule(leverage, rounding=2e-3)),
     "largest": ("largest", Rule(largest)),
@@ -890,3 +894,27 @@ def test_what_cannot_be_is_named(make, says: list[str]) -> None:
     message = str(error.value)
     assert "\n" not in message
     assert all(word in message for word in says), message
+
+
+@dataclass(frozen=True)
+class Misshapen(keyformer.rules.Rule):
+    """Forgets the heads."""
+
+    def score(self, tokens: Candidates) -> Tensor:
+        return tokens.before.sum(dim=1)
+
+
+class Debt(Policy):
+    """Gives less than nothing."""
+
+    def key_slots(self, shared: Any) -> Tensor:
+        return -shared.key_slots[:, None]
+
+
+@pytest.mark.parametrize("settings", [{"rule": Misshapen()}, {"budgets": Debt()}])
+def test_what_a_rule_or_policy_of_ones_own_may_not_give(settings: dict[str, Any]) -> None:
+    case = Case(KeyformerConfig(kv_cache=50, **settings), 1, 1, [8], [1], False, 0)
+    with pytest.raises(
+        InputError, match=r"^(rule Misshapen\(\)|budgets .*Debt.*) must give [^\n]*$"
+    ):
+        list(case.run())

@@ -12,7 +12,7 @@ from typing import Any
 
 from keyformer.budgets import Policy, policy
 from keyformer.errors import InputError
-from keyformer.rules import Asked, Rule, Shares, shares
+from keyformer.rules import Asked, Rule, Shares, formula, shares
 
 UNLIMITED = sys.maxsize
 """A kv_budget that no text reaches: nothing is ever evicted."""
@@ -105,7 +105,7 @@ class KeyformerConfig:
     rule
         What ranks tokens, see :mod:`keyformer.rules`: a name in ``RULES``, a rule of your own, or
         several of them with the share of the key slots that each fills, the first the first:
-        ``{"accumulated": 0.9, "last": 0.1}``. Kept as pairs.
+        ``{"accumulated": 0.9, "last": 0.1}`` or ``"0.9*accumulated + 0.1*last"``.
     budgets
         How layers and heads share the key slots, see :mod:`keyformer.budgets`: "uniform" (the
         paper), "pyramid", "adaptive", or a policy of your own.
@@ -253,11 +253,7 @@ class KeyformerConfig:
     def plain(self) -> dict[str, Any]:
         """Its fields as a record holds them: rules and policies by what they print as."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if isinstance(self.rule, (tuple, list)):
-            values["rule"] = {str(rule): share for rule, share in self.rule}
-        else:
-            values["rule"] = str(self.rule)
-        return {**values, "budgets": str(self.budgets)}
+        return {**values, "rule": formula(self.rules), "budgets": str(self.budgets)}
 
     def budget(self, prompt_length: int) -> int:
         """k: slots for a prompt of ``prompt_length`` real tokens."""

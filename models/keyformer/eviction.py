@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from keyformer.budgets import SAFE, Shared, places
-from keyformer.config import KeyformerConfig
+from keyformer.config import InputError, KeyformerConfig
 from keyformer.text import Text
 
 EMPTY = -1
@@ -128,6 +128,11 @@ class Eviction:
             Those of :meth:`ranks`.
         depth
             Which layer it is, of how many that evict by this method.
+
+        Raises
+        ------
+        InputError
+            If the policy gives something else.
         """
         policy = self.config.policy
         if policy is None:
@@ -137,8 +142,14 @@ class Eviction:
         taken = self.budget[:, 0] - self.key_slots[:, 0]
         candidates = self.text.prompt_tokens - taken
         shared = Shared(self.key_slots[:, 0], candidates, *depth, order)
-        slots = taken[:, None] + policy.key_slots(shared)
-        return slots.expand(self.budget.shape).contiguous()
+        given = policy.key_slots(shared)
+        batch, heads = self.budget.shape
+        if given.shape not in ((batch, heads), (batch, 1)) or bool((given < 0).any()):
+            raise InputError(
+                f"budgets {policy} must give {(batch, heads)} or {(batch, 1)} numbers >= 0, got"
+                f" {given.tolist()}"
+            )
+        return (taken[:, None] + given.long()).expand(self.budget.shape).contiguous()
 
     def chosen(self, positions: Tensor, scores: Tensor, slots: int) -> Tensor:
         """Who of a first prompt stays where there are no slots yet: the best up to the budget.

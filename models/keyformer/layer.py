@@ -12,7 +12,7 @@ from keyformer import backends
 from keyformer.attention import Attended, AttentionSpec, Tokens
 from keyformer.config import KeyformerConfig
 from keyformer.eviction import Eviction, known_positions
-from keyformer.rules import Candidates
+from keyformer.rules.rule import Candidates, checked
 from keyformer.score import Scorer
 from keyformer.slots import Slots
 from keyformer.text import Text, make_writable
@@ -194,7 +194,7 @@ class KeyformerLayer(Slots, CacheLayerMixin):
                     torch.cat([slots.values, new.values], dim=2),
                 ),
             )
-            score = rule.score(candidates)
+            score = checked(rule, candidates)
             if text.columns.padded:  # a sequence without new tokens stays as it is
                 score = torch.where(candidates.queries[:, None, None] > 0, score, candidates.before)
             scores.append(score)

@@ -15,6 +15,7 @@ from torch import Tensor
 from keyformer.attention import Attended, AttentionSpec, Tokens
 from keyformer.backends import torch as torch_backend
 from keyformer.config import InputError, KeyformerConfig
+from keyformer.rules import formula
 from keyformer.rules.accumulated import Accumulated
 from keyformer.score import Scorer
 from keyformer.slots import Slots
@@ -99,7 +100,7 @@ def steps(
         return False
     known = not config.needs_scores or config.rules == ((Accumulated(), 1.0),)
     if not known:
-        _say_slow(str(config.plain()["rule"]))
+        _say_slow(formula(config.rules))
     return known
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from keyformer.errors import InputError
@@ -11,14 +12,16 @@ from keyformer.rules.keys import KeyDiversity, Leverage
 from keyformer.rules.largest import Largest
 from keyformer.rules.last import Last
 from keyformer.rules.observed import Observed
+from keyformer.rules.peak import Peak
 from keyformer.rules.rule import Asked, Candidates, Rule, pooled
 
-__all__ = ["RULES", "Asked", "Candidates", "Rule", "Shares", "pooled", "shares"]
+__all__ = ["RULES", "Asked", "Candidates", "Rule", "Shares", "formula", "pooled", "shares"]
 
 RULES: dict[str, type[Rule]] = {
     "accumulated": Accumulated,
     "observed": Observed,
     "last": Last,
+    "peak": Peak,
     "largest": Largest,
     "key_diversity": KeyDiversity,
     "leverage": Leverage,
@@ -34,16 +37,21 @@ def shares(given: Any) -> Shares:
     Parameters
     ----------
     given
-        A name in ``RULES``, a :class:`Rule`, or several with a share each, which add up to 1: a
-        mapping, or pairs.
+        A name in ``RULES``, with settings where it has any: ``last(pooling=5)``; a formula of
+        several with their shares, which add up to 1: ``0.9*accumulated + 0.1*last``; a
+        :class:`Rule`; or a mapping from names and rules to their shares, or pairs of them.
 
     Raises
     ------
     InputError
         Naming what is none of these.
     """
-    if isinstance(given, (str, Rule)):
-        return ((_named(given), 1.0),)
+    if isinstance(given, Rule):
+        return ((given, 1.0),)
+    if isinstance(given, str):
+        given = _parts(given)
+        if isinstance(given, str):
+            return ((_named(given), 1.0),)
     pairs = list(given.items()) if isinstance(given, Mapping) else given
     if not isinstance(pairs, Sequence) or not pairs or not all(map(_is_pair, pairs)):
         raise InputError(f"rule must be a name, a Rule, or a share for each of them, got {given!r}")
@@ -56,6 +64,25 @@ def shares(given: Any) -> Shares:
     return tuple((_named(name), float(share)) for name, share in pairs)
 
 
+def formula(of: Shares) -> str:
+    """What :func:`shares` reads them from, rules of your own by what they print as."""
+    if len(of) == 1:
+        return _written(of[0][0])
+    return " + ".join(f"{share:.12g}*{_written(rule)}" for rule, share in of)
+
+
+def _written(rule: Rule) -> str:
+    """A name in ``RULES`` and the settings that are not the defaults."""
+    name = next((name for name, of in RULES.items() if of is type(rule)), None)
+    if name is None:
+        return repr(rule)
+    values = {field.name: getattr(rule, field.name) for field in fields(rule)}  # type: ignore[arg-type]
+    own = [
+        f"{key}={value}" for key, value in values.items() if value != getattr(RULES[name](), key)
+    ]
+    return f"{name}({','.join(own)})" if own else name
+
+
 def _is_pair(pair: Any) -> bool:
     return (
         isinstance(pair, (tuple, list))
@@ -65,9 +92,36 @@ def _is_pair(pair: Any) -> bool:
     )
 
 
+def _parts(text: str) -> str | list[tuple[str, float]]:
+    """The names and shares of a formula; the text itself if it is one name."""
+    pairs = []
+    for part in text.split("+"):
+        share, star, name = part.rpartition("*")
+        if not star and "+" not in text:
+            return text
+        try:
+            pairs.append((name.strip(), float(share)))
+        except ValueError:
+            raise InputError(
+                "rule must give each of several rules its share, as in 0.9*accumulated + 0.1*last,"
+                f" got {text!r}"
+            ) from None
+    return pairs
+
+
 def _named(rule: Any) -> Rule:
+    """A rule by its name and settings."""
     if isinstance(rule, Rule):
         return rule
-    if not isinstance(rule, str) or rule not in RULES:
+    name, bracket, rest = rule.partition("(") if isinstance(rule, str) else ("", "", "")
+    if name not in RULES or (bracket and not rest.endswith(")")):
         raise InputError(f"rule must be one of {', '.join(RULES)}, or a Rule, got {rule!r}")
-    return RULES[rule]()
+    settings: dict[str, int] = {}
+    known = [field.name for field in fields(RULES[name])]  # type: ignore[arg-type]
+    for setting in filter(None, rest[:-1].split(",")):
+        key, _, value = (text.strip() for text in setting.partition("="))
+        if key not in known or not value.isdecimal():
+            allowed = f"whole numbers for {', '.join(known)}" if known else "no settings"
+            raise InputError(f"rule {name} takes {allowed}, got {rule!r}")
+        settings[key] = int(value)
+    return RULES[name](**settings)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from keyformer.rules.rule import Asked, Candidates, Rule, check_whole, pooled
+from keyformer.rules.rule import Asked, Candidates, Rule, check_whole, pooled, remembered
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,4 @@ class Observed(Rule):
         """What it receives and its neighbours do, and what is remembered."""
         assert tokens.received is not None
         received = tokens.at(pooled(tokens.by_position(tokens.received), self.pooling))
-        new = tokens.queries[:, None, None]
-        remembered = (1 - 1 / self.queries) ** new.float()
-        return tokens.before * remembered.masked_fill(new >= self.queries, 0) + received
+        return remembered(tokens, self.queries) + received

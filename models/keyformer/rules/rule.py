@@ -150,9 +150,22 @@ class Rule(ABC):
         ``tokens.before`` after the next forward.
         """
 
-    def __str__(self) -> str:
-        """Its name and what is set in it."""
-        return repr(self)
+
+def checked(rule: Rule, tokens: Candidates) -> Tensor:
+    """What a rule gives, float32.
+
+    Raises
+    ------
+    InputError
+        If it is not a number for each token.
+    """
+    score = rule.score(tokens)
+    wanted = tuple(tokens.positions.shape)
+    if not isinstance(score, Tensor) or score.shape != wanted or score.is_complex():
+        is_tensor = isinstance(score, Tensor)
+        got = f"{tuple(score.shape)} {score.dtype}" if is_tensor else type(score).__name__
+        raise InputError(f"rule {rule} must give a tensor {wanted} of scores, got {got}")
+    return score.float()
 
 
 def pooled(ordered: Tensor, width: int) -> Tensor:
@@ -166,6 +179,13 @@ def pooled(ordered: Tensor, width: int) -> Tensor:
     if width == 1:
         return ordered
     return torch.nn.functional.avg_pool1d(ordered, width, stride=1, padding=width // 2)
+
+
+def remembered(tokens: Candidates, queries: int) -> Tensor:
+    """What is left of the scores before, where about the last ``queries`` queries count."""
+    new = tokens.queries[:, None, None]
+    part = (1 - 1 / queries) ** new.float()
+    return tokens.before * part.masked_fill(new >= queries, 0)
 
 
 def check_whole(name: str, value: Any, *, odd: bool = False) -> None:

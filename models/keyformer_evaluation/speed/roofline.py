@@ -18,7 +18,7 @@ COPIED_BYTES = {"cuda": 2**32, "cpu": 2**26}
 
 
 class Roofline(Engines):
-    """Engines, and the least time that theirs can take.
+    """Engines, and the least time that a decode step of theirs can take.
 
     Parameters
     ----------

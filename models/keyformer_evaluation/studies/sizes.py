@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
-from keyformer.config import METHODS, KeyformerConfig
+from keyformer.budgets import POLICIES
+from keyformer.config import METHODS, PLAIN, KeyformerConfig
+from keyformer.rules import formula, shares
 from keyformer_evaluation.studies.pictures import Figure, method_curves
 from keyformer_evaluation.studies.study import Results, Study
 from keyformer_evaluation.studies.sweep import Cell, Steps, plain
@@ -23,29 +26,41 @@ RIVALS = ("full", "h2o")
 
 
 def cells(flags: argparse.Namespace) -> list[Cell]:
-    """Full attention, then each method at each size that :func:`compared_flags` has."""
-    return _cells(flags.methods, flags.sizes[-1:] if flags.quick else flags.sizes)
+    """Full attention, then each method and rule at each size that :func:`compared_flags` has."""
+    sizes = flags.sizes[-1:] if flags.quick else flags.sizes
+    settings = {name: getattr(flags, name) for name in ("recent", "sinks", "budgets")}
+    by_rule = {
+        formula(shares(rule)): KeyformerConfig(**{"rule": rule, **PLAIN, **settings})
+        for rule in flags.rules
+    }
+    return [*_cells(flags.methods, sizes), *_sized(by_rule, sizes)]
 
 
 def _cells(methods: Iterable[str], sizes: Sequence[float]) -> list[Cell]:
     full = Cell({"method": "full", "kv_cache": ""}, KeyformerConfig.preset("full"))
-    return [
-        full,
-        *(
-            Cell(
-                {"method": method, "kv_cache": plain(size)},
-                KeyformerConfig.preset(method, kv_cache=size),
-            )
-            for method in methods
-            for size in sizes
-        ),
-    ]
+    return [full, *_sized({of: KeyformerConfig.preset(of) for of in methods}, sizes)]
+
+
+def _sized(configs: dict[str, KeyformerConfig], sizes: Sequence[float]) -> Iterable[Cell]:
+    for name, config in configs.items():
+        for size in sizes:
+            yield Cell({"method": name, "kv_cache": plain(size)}, replace(config, kv_cache=size))
 
 
 def compared_flags(parser: flag.Parser) -> None:
-    """Flags of methods and sizes."""
+    """Flags of methods, rules and sizes."""
     choices = [method for method in METHODS if method != "full"]
     parser.add_argument("--methods", nargs="+", choices=choices, default=list(COMPARED))
+    parser.add_argument(
+        "--rules",
+        nargs="+",
+        default=[],
+        help="also these, as --rule of the task scripts has them, under the model's own softmax and"
+        " the next three flags",
+    )
+    parser.add_argument("--recent", type=flag.PERCENT, default=KeyformerConfig().recent)
+    parser.add_argument("--sinks", type=flag.whole(0), default=0)
+    parser.add_argument("--budgets", choices=POLICIES, default="uniform")
     parser.add_argument(
         "--sizes",
         nargs="+",

@@ -197,11 +197,9 @@ def method_flags(parser: argparse.ArgumentParser, default: str = "full") -> None
     )
     group.add_argument(
         "--rule",
-        nargs="+",
-        metavar="NAME[=SHARE]",
-        default=[defaults.rule],
+        default=defaults.rule,
         help=f"what ranks tokens: {', '.join(RULES)}; or several, each with its share of the key"
-        " tokens, as in accumulated=0.9 last=0.1 (default: accumulated)",
+        " tokens: '0.9*accumulated + 0.1*last(pooling=5)' (default: %(default)s)",
     )
     group.add_argument(
         "--budgets",
@@ -253,29 +251,12 @@ def method_config(flags: argparse.Namespace) -> tuple[str, KeyformerConfig]:
     method = "keyformer" if flags.keyformer else flags.attention or "full"
     names = (
         *("kv_cache", "recent", "kv_budget", "prefill_chunk", "tau_init", "tau_end"),
-        *("positions", "cache_dtype", "budgets"),
+        *("positions", "cache_dtype", "rule", "budgets"),
     )
-    settings = {name: getattr(flags, name) for name in names} | {"rule": _rule(flags.rule)}
+    settings = {name: getattr(flags, name) for name in names}
     # Out of range is an error under every method, also where the method fixes the value.
     KeyformerConfig(**settings)
     return method, KeyformerConfig.preset(method, **settings)
-
-
-def _rule(given: Sequence[str]) -> Any:
-    """What the configuration takes for the values of ``--rule``."""
-    if len(given) == 1 and "=" not in given[0]:
-        return given[0]
-    pairs = []
-    for text in given:
-        name, _, share = text.partition("=")
-        try:
-            pairs.append((name, float(share)))
-        except ValueError:
-            raise InputError(
-                "--rule takes a name, or names with their shares, as in accumulated=0.9 last=0.1;"
-                f" got {text!r}"
-            ) from None
-    return tuple(pairs)
 
 
 def model_flags(parser: argparse.ArgumentParser) -> None:
