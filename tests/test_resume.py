@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import random
 import signal
 import sqlite3
@@ -26,9 +25,7 @@ from keyformer_evaluation.records.store import Store, _owner
 
 ROOT = Path(__file__).parents[1]
 SENTENCE = "the key tokens and the recent tokens of a text that is read word by word"
-DEATHS = 8
-LONGEST = 0.6
-"""Seconds that a life has at most before it is killed."""
+DEATHS = 6
 
 MEASURED = {"seconds", "tokens_per_second", "date", "peak_memory_bytes"}
 MEASURED |= {"items_from_store", "requests_from_store"}
@@ -104,32 +101,69 @@ def stored(out: Path) -> list[str]:
 SCRIPTS = ("summarize", "dialogue", "compare", "table4", "run_lm_eval_harness")
 
 
+DIES = """
+import os, runpy, signal, sqlite3, sys
+import torch
+left, counted = int(sys.argv[1]), sys.argv[2]
+seen = 0
+def event(*given):
+    global seen
+    seen += 1
+    if seen > left:
+        os.kill(os.getpid(), signal.SIGKILL)
+def connect(*given, **named):
+    made = opened(*given, **named)
+    made.set_progress_handler(event, 50)
+    return made
+def files(name, given):
+    if name in ("open", "os.mkdir", "os.rename", "os.remove", "sqlite3.connect"):
+        event()
+def linear(*given):
+    event()
+    return forward(*given)
+opened, forward = sqlite3.connect, torch.nn.Linear.forward
+sqlite3.connect, torch.nn.Linear.forward = connect, linear
+sys.addaudithook(files)
+sys.argv = sys.argv[3:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    total, left = seen, float("inf")
+    with open(counted, "w") as file:
+        file.write(str(total))
+"""
+"""A script that is killed at one of its events: a layer, a file that is opened, part of a query."""
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_b15_killed_at_random_moments(name, model_path, datasets, tmp_path) -> None:
     """The last life's results are those of a run that nobody killed, and no item is lost.
 
     A life that ends before it is killed leaves nothing to kill: the next begins without a store.
     """
-    whole, out = tmp_path / "whole", tmp_path / "killed"
+    whole, out, count = tmp_path / "whole", tmp_path / "killed", tmp_path / "events"
     for folder in (whole, out):
         folder.mkdir()
-    code, _, errors = Forked(command(name, model_path, datasets, whole), tmp_path / "says").wait()
-    assert code == 0, errors
-    of = command(name, model_path, datasets, out)
-    drawn = random.Random(0)
-    died = 0
+    (tmp_path / "dies.py").write_text(DIES)
+
+    def live(events: int, folder: Path) -> int:
+        own = [str(tmp_path / "dies.py"), str(events), str(count)]
+        of = [*own, *command(name, model_path, datasets, folder)]
+        code, _, errors = Forked(of, tmp_path / "says").wait()
+        assert code in (0, -signal.SIGKILL), errors
+        return code
+
+    assert live(10**9, whole) == 0
+    drawn, most = random.Random(0), int(count.read_text())
+    died, left = 0, most
     while died < DEATHS:
-        life = Forked(of, tmp_path / "says")
-        time.sleep(drawn.uniform(0, LONGEST))
-        if life.poll() is None:
-            os.kill(life.pid, signal.SIGKILL)
-            died += 1
+        if live(drawn.randrange(left), out):
+            died, left = died + 1, left * 2 // 3  # a life that goes on has less to do
         else:
+            left = most
             for file in out.glob("s.sqlite*"):
                 file.unlink()
-        life.wait()
-    code, _, errors = Forked(of, tmp_path / "says").wait()
-    assert code == 0, errors
+    assert live(10**9, out) == 0
     assert results(out) == results(whole)
     assert stored(out) == stored(whole)
 
@@ -182,10 +216,9 @@ def test_texts_depend_on_no_batch_and_no_process(model_path, datasets, tmp_path)
         else:
             ended = forked_ranks(of, out / "says", processes)
             assert [code for code, _, _ in ended] == [0] * processes, ended
-            errors = "".join(said for _, _, said in ended)
             scores = json.loads((out / "scores.json").read_text())
             assert (scores["items"], scores["unfinished"]) == (11, 0)
-            assert errors.count("[00:00<?") == 1  # one bar, over all processes
+            assert sum("[00:00<?" in said for _, _, said in ended) == 1  # one shows a bar
         texts[processes, batch] = (out / "texts.txt").read_text()
         assert len(stored(out)) == 10  # of which two items are alike
     assert len(set(texts.values())) == 1
