@@ -79,8 +79,7 @@ class MyAccumulated(keyformer.rules.Rule):
     asks = Asked(kind="sum")
 
     def score(self, tokens: Candidates) -> Tensor:
-        forgotten = tokens.config.forgetting**tokens.queries
-        return tokens.before * forgotten[:, None, None] + tokens.received
+        return tokens.before + tokens.received
 
 
 @dataclass(frozen=True)
@@ -493,7 +492,7 @@ def test_scores_by_hand(rule: str) -> None:
         # Weights of the prompt's queries are 1/4, 1/2 and 1, then one query gives 1/4 to all.
         ("accumulated", [1 / 2 * (1 / 4 + 1 / 4 + 1 / 3) + 1 / 4, 13 / 24, 5 / 12, 1 / 4]),
         ("observed by one", [1 / 4] * 4),
-        ("largest", [1 / 3, 1 / 3, 1 / 3, 1 / 4]),
+        ("largest", [1 / 4] * 4),
         ("last", [1 / 4] * 4),
     ],
 )
@@ -677,7 +676,7 @@ def test_what_a_rule_is_told() -> None:
                 rotated = rotary(case.key[row, h, columns], positions[here])
                 assert torch.allclose(tokens.keys[row, h, here], rotated, atol=1e-5)
                 assert torch.equal(tokens.values[row, h, here], case.value[row, h, columns])
-                before = [float(p not in new) for p in positions[here].tolist()]
+                before = [0.25 * (p not in new) for p in positions[here].tolist()]
                 assert tokens.before[row, h, here].tolist() == before
                 # Two heads whose last query gives 1 in all and the one before half of it.
                 assert float(tokens.received[row, h, here].sum()) == pytest.approx(3, rel=1e-4)

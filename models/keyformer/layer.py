@@ -172,10 +172,11 @@ class KeyformerLayer(Slots, CacheLayerMixin):
     ) -> Tensor:
         """What the rules give for the slots and, after them, for the new tokens."""
         old = self.scores.new_zeros(*new.positions.shape, *self.scores.shape[3:])
-        before = torch.cat([self.scores, old], dim=2)
         if scorer is None:
-            return before
-        text = self.text.on(self.device)
+            return torch.cat([self.scores, old], dim=2)
+        text, queries = self.text.on(self.device), (new.positions[:, 0] >= 0).sum(dim=-1)
+        forgotten = self.config.forgetting ** queries.view(-1, *(1,) * (old.ndim - 1))
+        before = torch.cat([self.scores * forgotten, old], dim=2)
         asked = self.config.asked
         several = before.ndim == 4
         scores = []
@@ -185,7 +186,7 @@ class KeyformerLayer(Slots, CacheLayerMixin):
                 positions=attended.positions,
                 before=before[..., number] if several else before,
                 received=of_rule,
-                queries=(new.positions[:, 0] >= 0).sum(dim=-1),
+                queries=queries,
                 seen=text.seen,
                 length=text.length,
                 config=self.config,
