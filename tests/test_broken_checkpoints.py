@@ -597,7 +597,8 @@ def test_b5_shards_outside_the_folder_are_refused(copy, weights: str, place: str
         ([], "JSON object"),
     ],
 )
-def test_b5_downloads_refuse_such_an_index(tmp_path, content: Any, says: str) -> None:
+def test_b5_downloads_refuse_such_an_index(tmp_path, monkeypatch, content: Any, says: str) -> None:
+    monkeypatch.syspath_prepend(ROOT / "models" / "model_download")  # as where it is a script
     download_model = script("models/model_download", "download_model")
     (tmp_path / CONFIG).write_text("{}")
     (tmp_path / INDEX).write_text(json.dumps(content))

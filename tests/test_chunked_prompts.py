@@ -135,7 +135,7 @@ class Live(TorchDispatchMode):
 def test_memory_does_not_grow_with_the_prompt(evicting) -> None:
     """Beside its tokens' order and mask, eight times the prompt takes no byte more."""
     peaks = []
-    for n in (256, 2048):
+    for n in (128, 1024):
         model = evicting(KeyformerConfig(kv_budget=16, seed=0, prefill_chunk=32))
         text = torch.randint(1, 61, (1, n))
         cache = KeyformerCache(model.config, model.base_model.keyformer_config)
@@ -166,7 +166,7 @@ def test_new_positions_need_a_table_for_cache_and_chunk_alone(arch: str) -> None
 def test_places_are_counted_chunk_by_chunk(evicting) -> None:
     """The largest place that any chunk takes, also where the last one is short."""
     model = evicting()
-    for n in range(1, 30):
+    for n in (*range(1, 10), 14, 21, 28, 29):
         for chunk in (1, 4, 7, 40):
             config = KeyformerConfig(
                 kv_budget=9, positions="new", noise="none", prefill_chunk=chunk

@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from originals import write_original
 
 import keyformer_lm_eval
-from keyformer import InputError, KeyformerCache, KeyformerConfig
+from keyformer import InputError, KeyformerCache, KeyformerConfig, load_model
 from keyformer.quantize import weight_bytes
 from keyformer_evaluation.records.identity import noise_id
 from keyformer_lm_eval.model import KeyformerLM
@@ -289,13 +289,19 @@ def test_arguments_come_as_lm_eval_parses_them(mpt) -> None:
 
 
 def test_b1_quantize_is_a_model_argument(mpt) -> None:
-    arguments = f"pretrained={mpt},method=full,quantize=int8"
-    lm = KeyformerLM.create_from_arg_string(arguments, {"device": "cpu"})
+    given = f"pretrained={mpt},method=full,quantize=int8,dtype=float32"
+    lm = KeyformerLM.create_from_arg_string(given, {"device": "cpu"})
     assert weight_bytes(lm.model) < weight_bytes(model(mpt).model)
     (total, _), (plain, _) = (
         one.loglikelihood(ask("loglikelihood", PAIRS[0]))[0] for one in (lm, model(mpt))
     )
-    assert total == pytest.approx(plain, rel=0.05) and total != plain
+    prompt, rest = lm._encode_pair(*PAIRS[0])
+    by_hand, _ = load_model(mpt, dtype="float32", device="cpu", quantize="int8")
+    with torch.no_grad():
+        logits = by_hand(torch.tensor([prompt + rest]), use_cache=False).logits[0, :-1]
+    of_rest = logits.log_softmax(-1)[-len(rest) :].gather(1, torch.tensor(rest)[:, None])
+    expected = float(of_rest.sum())
+    assert total == pytest.approx(expected, abs=1e-3) and abs(total - plain) > 0.01
 
 
 @pytest.mark.parametrize(
