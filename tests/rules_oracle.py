@@ -94,7 +94,10 @@ class Layer:
         if self.heads[0].scored:
             scores = []
             for r, rule in enumerate(self.rules):
-                before = [{t: t.scores[r] for t in now.tokens} for now in told]
+                before = [
+                    {t: t.scores[r] * now.forgetting ** len(now.received) for t in now.tokens}
+                    for now in told
+                ]
                 scores.append(rule.scorer(told, before))
             for h, now in enumerate(told):
                 for t in now.tokens:
@@ -267,7 +270,7 @@ def total(told: Told, t: Candidate, last: int | None = None) -> float:
 def accumulated(heads: list[Told], before: list[Scores]) -> list[Scores]:
     """Algorithm 1: all that a token has received."""
     return [
-        {t: was[t] * told.forgetting ** len(told.received) + total(told, t) for t in told.tokens}
+        {t: was[t] + total(told, t) for t in told.tokens}
         for told, was in zip(heads, before, strict=True)
     ]
 

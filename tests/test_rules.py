@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import itertools
 import math
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ from keyformer.rules import (
     Peak,
 )
 from keyformer.score import temperature
+from keyformer_evaluation.records.identity import own_code
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,7 @@ class MyAccumulated(keyformer.rules.Rule):
     asks = Asked(kind="sum")
 
     def score(self, tokens: Candidates) -> Tensor:
-        forgotten = tokens.config.forgetting**tokens.queries
-        return tokens.before * forgotten[:, None, None] + tokens.received
+        return tokens.before + tokens.received
 
 
 @dataclass(frozen=True)
@@ -493,7 +494,7 @@ def test_scores_by_hand(rule: str) -> None:
         # Weights of the prompt's queries are 1/4, 1/2 and 1, then one query gives 1/4 to all.
         ("accumulated", [1 / 2 * (1 / 4 + 1 / 4 + 1 / 3) + 1 / 4, 13 / 24, 5 / 12, 1 / 4]),
         ("observed by one", [1 / 4] * 4),
-        ("largest", [1 / 3, 1 / 3, 1 / 3, 1 / 4]),
+        ("largest", [1 / 4] * 4),
         ("last", [1 / 4] * 4),
     ],
 )
@@ -677,7 +678,7 @@ def test_what_a_rule_is_told() -> None:
                 rotated = rotary(case.key[row, h, columns], positions[here])
                 assert torch.allclose(tokens.keys[row, h, here], rotated, atol=1e-5)
                 assert torch.equal(tokens.values[row, h, here], case.value[row, h, columns])
-                before = [float(p not in new) for p in positions[here].tolist()]
+                before = [0.25 * (p not in new) for p in positions[here].tolist()]
                 assert tokens.before[row, h, here].tolist() == before
                 # Two heads whose last query gives 1 in all and the one before half of it.
                 assert float(tokens.received[row, h, here].sum()) == pytest.approx(3, rel=1e-4)
@@ -886,6 +887,7 @@ NAMES = ("accumulated", "observed", "last", "key_diversity", "leverage", "larges
         (lambda: KeyformerConfig(budgets="pyramid", positions="new"), ["budgets", "positions"]),
         (lambda: KeyformerConfig(budgets=Adaptive(), positions="new"), ["budgets", "positions"]),
         (lambda: KeyformerConfig(budgets="adaptive", score="shared"), ["budgets", "score"]),
+        (lambda: KeyformerConfig(budgets="pyramid", score="shared"), ["budgets", "score"]),
     ],
 )
 def test_what_cannot_be_is_named(make, says: list[str]) -> None:
@@ -918,3 +920,69 @@ def test_what_a_rule_or_policy_of_ones_own_may_not_give(settings: dict[str, Any]
         InputError, match=r"^(rule Misshapen\(\)|budgets .*Debt.*) must give [^\n]*$"
     ):
         list(case.run())
+
+
+class Bare(keyformer.rules.Rule):
+    """No dataclass; in another dtype, and for one token no number."""
+
+    def score(self, tokens: Candidates) -> Tensor:
+        return tokens.positions.double().masked_fill(tokens.positions == 6, torch.nan)
+
+
+def test_scores_of_any_dtype_and_what_is_no_number() -> None:
+    config = KeyformerConfig(kv_budget=4, recent=0, rule=Bare())
+    case = Case(config, 1, 1, [8], [1], False, 0)
+    caches = [cache for cache, _, _ in case.run()]
+    assert sorted(caches[-1].layers[0].positions[0, 0].tolist()) == [4, 5, 7, 8]
+    assert caches[-1].layers[0].scores.dtype == torch.float32
+
+
+@dataclass(frozen=True)
+class Needy(keyformer.rules.Rule):
+    """Of a number that is to be given."""
+
+    alpha: float
+    channel: int = 0
+
+    def score(self, tokens: Candidates) -> Tensor:
+        return self.alpha * tokens.keys[..., self.channel]
+
+
+def test_rules_of_ones_own_in_the_table(monkeypatch) -> None:
+    monkeypatch.setitem(keyformer.rules.RULES, "bare", Bare)
+    monkeypatch.setitem(keyformer.rules.RULES, "needy", Needy)
+    assert KeyformerConfig(rule="bare").plain()["rule"] == "bare"
+    of = KeyformerConfig(rule=" 0.5*needy(alpha=0.5,channel=1) + 0.5*bare ")
+    assert of.rules[0] == (Needy(0.5, 1), 0.5)
+    assert KeyformerConfig(rule=of.plain()["rule"]).rules[0] == of.rules[0]
+    for wrong, says in (
+        ("needy", "needs a number for alpha"),
+        ("bare(x=1)", "takes no settings"),
+        ("needy(alpha=much)", "takes numbers for alpha, channel"),
+        (Needy, r"takes an instance, as Needy\(\)"),
+    ):
+        with pytest.raises(InputError, match=says):
+            KeyformerConfig(rule=wrong)
+
+
+def test_the_code_of_ones_own_rule_is_part_of_a_results_key(tmp_path, monkeypatch) -> None:
+    """As rules and policies of this package are: an edited file gives another key."""
+    assert own_code(KeyformerConfig(rule="peak", budgets="pyramid")) == {}
+    monkeypatch.syspath_prepend(tmp_path)
+    text = (
+        "from keyformer.rules import Rule\n"
+        "class Mine(Rule):\n"
+        "    def score(self, tokens):\n"
+        "        return tokens.{}\n"
+    )
+    keys = []
+    for number, what in enumerate(("before", "before", "positions.float()")):
+        (tmp_path / f"my_rule_{number}.py").write_text(text.format(what))
+        module = importlib.import_module(f"my_rule_{number}")
+        keys.append(own_code(KeyformerConfig(rule={module.Mine(): 0.5, "last": 0.5})))
+    assert keys[0] == keys[1] != keys[2]
+    names: dict[str, Any] = {"__name__": "nowhere"}
+    exec(text.format("before"), names)
+    exec(text.format("received").replace("Mine", "Other"), names)
+    codes = [own_code(KeyformerConfig(rule=names[name]())) for name in ("Mine", "Other")]
+    assert codes[0] and codes[1] and codes[0] != codes[1]

@@ -6,6 +6,7 @@ slots for key tokens.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,13 @@ class Policy(ABC):
 
     @abstractmethod
     def key_slots(self, shared: Shared) -> Tensor:
-        """Of each head in this layer, (batch, kv_heads or 1) int64; fixed from then on."""
+        """Of each head in this layer, int64, >= 0; fixed from then on.
+
+        Returns
+        -------
+        Tensor
+            (batch, 1), or (batch, kv_heads) ``by_head``.
+        """
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Pyramid(Policy):
     Parameters
     ----------
     beta
-        The last layer gets K / beta, at least 1.
+        The last layer gets K / beta; at least 1.
 
     Raises
     ------
@@ -78,8 +85,12 @@ class Pyramid(Policy):
     beta: float = 20.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or self.beta < 1:
-            raise InputError(f"beta must be a number >= 1, got {self.beta!r}")
+        if (
+            isinstance(self.beta, bool)
+            or not isinstance(self.beta, (int, float))
+            or not (1 <= self.beta < math.inf)
+        ):
+            raise InputError(f"beta must be a finite number >= 1, got {self.beta!r}")
 
     def key_slots(self, shared: Shared) -> Tensor:
         """A straight line from the first layer, which gets all that it could use at most."""
@@ -100,7 +111,8 @@ class Pyramid(Policy):
 class Adaptive(Policy):
     """Ada-KV's (arXiv 2407.11550): heads of a layer compete for the slots of them all.
 
-    By the scores of the first rule.
+    By the scores of the first rule, after the first prompt or, where that is read in chunks, its
+    first chunk: if all of that fits, every head has as many. A head may get none.
 
     Parameters
     ----------

@@ -182,16 +182,21 @@ class KeyformerConfig:
         shares(self.rule)
         if isinstance(self.rule, Mapping):
             object.__setattr__(self, "rule", tuple(self.rule.items()))
+        elif isinstance(self.rule, list):
+            object.__setattr__(self, "rule", tuple(map(tuple, self.rule)))
         if self.policy is not None and self.positions == "new":
             raise InputError(
                 f"budgets {self.budgets} cannot be combined with positions 'new': layers would"
                 " count their tokens differently"
             )
-        if self.policy is not None and self.policy.by_head and self.score == "shared":
+        if self.policy is not None and self.score == "shared":
             raise InputError(
                 f"budgets {self.budgets} cannot be combined with score 'shared', under which all"
-                " layers and heads keep as many"
+                " layers keep the same tokens"
             )
+        for rule, _ in self.rules:
+            if rule.asks is not None and not isinstance(rule.asks, Asked):
+                raise InputError(f"rule {rule} must ask for an Asked or None, got {rule.asks!r}")
 
     @classmethod
     def preset(cls, method: str, **settings: Any) -> KeyformerConfig:

@@ -144,12 +144,14 @@ class Eviction:
         shared = Shared(self.key_slots[:, 0], candidates, *depth, order)
         given = policy.key_slots(shared)
         batch, heads = self.budget.shape
-        if given.shape not in ((batch, heads), (batch, 1)) or bool((given < 0).any()):
+        wanted = [(batch, 1), *([(batch, heads)] if policy.by_head else [])]
+        whole = isinstance(given, Tensor) and given.dtype in (torch.int32, torch.int64)
+        if not whole or tuple(given.shape) not in wanted or bool((given < 0).any()):
             raise InputError(
-                f"budgets {policy} must give {(batch, heads)} or {(batch, 1)} numbers >= 0, got"
-                f" {given.tolist()}"
+                f"budgets {policy} must give {' or '.join(map(str, wanted))} whole numbers >= 0,"
+                f" got {given}".replace("\n", " ")
             )
-        return (taken[:, None] + given.long()).expand(self.budget.shape).contiguous()
+        return (taken[:, None] + given).expand(self.budget.shape).contiguous()
 
     def chosen(self, positions: Tensor, scores: Tensor, slots: int) -> Tensor:
         """Who of a first prompt stays where there are no slots yet: the best up to the budget.

@@ -171,12 +171,14 @@ class KeyformerLayer(Slots, CacheLayerMixin):
         self, attended: Attended, slots: Tokens, new: Tokens, scorer: Scorer | None
     ) -> Tensor:
         """What the rules give for the slots and, after them, for the new tokens."""
-        old = self.scores.new_zeros(*new.positions.shape, *self.scores.shape[3:])
-        before = torch.cat([self.scores, old], dim=2)
+        text, asked = self.text.on(self.device), self.config.asked
+        before = self.scores.new_zeros(*new.positions.shape, *self.scores.shape[3:])
+        if slots.positions.shape[-1]:
+            queries = text.taken.view(-1, *(1,) * (before.ndim - 1))
+            old = self.scores * self.config.forgetting**queries
+            before = torch.cat([old, before], dim=2)
         if scorer is None:
             return before
-        text = self.text.on(self.device)
-        asked = self.config.asked
         several = before.ndim == 4
         scores = []
         for number, (rule, _) in enumerate(self.config.rules):
@@ -185,7 +187,7 @@ class KeyformerLayer(Slots, CacheLayerMixin):
                 positions=attended.positions,
                 before=before[..., number] if several else before,
                 received=of_rule,
-                queries=(new.positions[:, 0] >= 0).sum(dim=-1),
+                queries=text.taken,
                 seen=text.seen,
                 length=text.length,
                 config=self.config,

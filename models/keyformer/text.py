@@ -286,6 +286,8 @@ class Text:
     shared
         (batch, batch) int64: how many first tokens two sequences have from one forward, as
         beams do, so that their keys and values are the same.
+    taken
+        (batch,) int64: real tokens taken last.
     positions, places
         (batch, tokens) int64 of the tokens taken last, -1 for padding: in the text, and what
         the model's position scheme is told.
@@ -303,6 +305,7 @@ class Text:
     window: Tensor
     frozen_before: Tensor
     shared: Tensor
+    taken: Tensor
     positions: Tensor
     places: Tensor
     span: Span
@@ -358,7 +361,8 @@ class Text:
         if self.config.positions == "new":
             self.places = self.next_places(real)
         self.span = Span(self.positions, self.places)
-        self.seen += real.sum(dim=-1)
+        self.taken = real.sum(dim=-1)
+        self.seen += self.taken
         self.advance(tokens)
 
     def advance(self, tokens: int) -> None:
@@ -456,7 +460,7 @@ class Text:
         if self.seen.device == device:
             return self
         there = copy.copy(self)
-        for name in (*self._per_sequence, "positions", "places"):
+        for name in (*self._per_sequence, "taken", "positions", "places"):
             setattr(there, name, getattr(self, name).to(device))
         there.span = Span(there.positions, there.places)
         return there

@@ -34,6 +34,7 @@ from keyformer_evaluation.records.identity import (
     environment,
     item_keys,
     noise_id,
+    own_code,
     weights_hash,
 )
 from keyformer_evaluation.records.processes import processes
@@ -449,6 +450,7 @@ class KeyformerLM(HFLM):
             "config": {**config.plain(), "seed": config.seed if config.draws_noise else None},
             "lm_eval": version("lm_eval"),
             **environment(self.device, __name__),
+            **own_code(config),
         }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 from keyformer.errors import InputError
@@ -46,8 +46,8 @@ def shares(given: Any) -> Shares:
     InputError
         Naming what is none of these.
     """
-    if isinstance(given, Rule):
-        return ((given, 1.0),)
+    if isinstance(given, (Rule, type)):
+        return ((_named(given), 1.0),)
     if isinstance(given, str):
         given = _parts(given)
         if isinstance(given, str):
@@ -76,10 +76,8 @@ def _written(rule: Rule) -> str:
     name = next((name for name, of in RULES.items() if of is type(rule)), None)
     if name is None:
         return repr(rule)
-    values = {field.name: getattr(rule, field.name) for field in fields(rule)}  # type: ignore[arg-type]
-    own = [
-        f"{key}={value}" for key, value in values.items() if value != getattr(RULES[name](), key)
-    ]
+    values = {field: getattr(rule, field.name) for field in _fields(type(rule))}
+    own = [f"{of.name}={value}" for of, value in values.items() if value != of.default]
     return f"{name}({','.join(own)})" if own else name
 
 
@@ -113,15 +111,29 @@ def _named(rule: Any) -> Rule:
     """A rule by its name and settings."""
     if isinstance(rule, Rule):
         return rule
-    name, bracket, rest = rule.partition("(") if isinstance(rule, str) else ("", "", "")
+    if isinstance(rule, type) and issubclass(rule, Rule):
+        raise InputError(f"rule takes an instance, as {rule.__name__}(), got the class itself")
+    name, bracket, rest = rule.strip().partition("(") if isinstance(rule, str) else ("", "", "")
     if name not in RULES or (bracket and not rest.endswith(")")):
         raise InputError(f"rule must be one of {', '.join(RULES)}, or a Rule, got {rule!r}")
-    settings: dict[str, int] = {}
-    known = [field.name for field in fields(RULES[name])]  # type: ignore[arg-type]
+    settings: dict[str, float] = {}
+    known = {field.name: field for field in _fields(RULES[name])}
     for setting in filter(None, rest[:-1].split(",")):
         key, _, value = (text.strip() for text in setting.partition("="))
-        if key not in known or not value.isdecimal():
-            allowed = f"whole numbers for {', '.join(known)}" if known else "no settings"
+        try:
+            number = int(value) if value.isdecimal() else float(value)
+        except ValueError:
+            number = None
+        if key not in known or number is None:
+            allowed = f"numbers for {', '.join(known)}" if known else "no settings"
             raise InputError(f"rule {name} takes {allowed}, got {rule!r}")
-        settings[key] = int(value)
+        settings[key] = number
+    missing = [key for key, of in known.items() if of.default is MISSING and key not in settings]
+    if missing:
+        raise InputError(f"rule {name} needs a number for {', '.join(missing)}, got {rule!r}")
     return RULES[name](**settings)
+
+
+def _fields(of: type[Rule]) -> tuple[Field, ...]:
+    """What can be set in a rule: nothing if it is no dataclass."""
+    return fields(of) if is_dataclass(of) else ()

@@ -12,15 +12,11 @@ from keyformer.rules.rule import Asked, Candidates, Rule
 
 @dataclass(frozen=True)
 class Accumulated(Rule):
-    """f_theta of section 3.3.2: all attention that a token has received since it came.
-
-    With ``forgetting`` below 1 what was received earlier counts less with each token that comes.
-    """
+    """f_theta of section 3.3.2: all attention that a token has received since it came."""
 
     asks: ClassVar[Asked] = Asked("sum")
 
     def score(self, tokens: Candidates) -> Tensor:
         """What it had, and what it receives."""
         assert tokens.received is not None
-        kept = tokens.config.forgetting ** tokens.queries[:, None, None]
-        return tokens.before * kept + tokens.received
+        return tokens.before + tokens.received

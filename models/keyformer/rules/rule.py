@@ -58,7 +58,8 @@ class Asked:
 class Candidates:
     """The tokens of a layer that compete for its slots after a forward: who is there, then the new.
 
-    They are of this forward alone: what a rule wants to keep of them it has to copy.
+    One rule serves all layers and caches, so it keeps nothing; tensors are of this forward alone,
+    and of other rules too, so it changes none in place.
 
     Attributes
     ----------
@@ -66,8 +67,8 @@ class Candidates:
         (batch, kv_heads, tokens) int64, the position in the text; negative where there is no
         token, or one that the attention mask hides.
     before
-        The same shape, float32: the scores that this rule gave after the last forward; 0 for new
-        tokens.
+        The same shape, float32: the scores that this rule gave after the last forward, times
+        ``forgetting`` for each query since; 0 for new tokens.
     received
         The same shape, float32: the attention that the rule asked for; None if it asked for none.
     queries
@@ -144,10 +145,10 @@ class Rule(ABC):
 
     @abstractmethod
     def score(self, tokens: Candidates) -> Tensor:
-        """The worth of each token, (batch, kv_heads, tokens) float32.
+        """The worth of each token, (batch, kv_heads, tokens), a real dtype; NaN is the least.
 
-        What is given for a place without a token does not matter. It comes back as
-        ``tokens.before`` after the next forward.
+        What is given for a place without a token does not matter. It is kept in float32, and
+        comes back as ``tokens.before`` after the next forward.
         """
 
 
@@ -165,7 +166,7 @@ def checked(rule: Rule, tokens: Candidates) -> Tensor:
         is_tensor = isinstance(score, Tensor)
         got = f"{tuple(score.shape)} {score.dtype}" if is_tensor else type(score).__name__
         raise InputError(f"rule {rule} must give a tensor {wanted} of scores, got {got}")
-    return score.float()
+    return score.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def pooled(ordered: Tensor, width: int) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import json
 import platform
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
-from keyformer.config import InputError
+from keyformer.config import InputError, KeyformerConfig
 from keyformer.served import PACKAGES
 
 Settings = dict[str, Any]
@@ -45,6 +46,25 @@ def digest(content: Any) -> str:
 def noise_id(content: Any) -> int:
     """Which noise an item draws, below 2**32, by its content alone."""
     return int(digest(content)[:8], 16)
+
+
+def own_code(config: KeyformerConfig) -> Settings:
+    """What rules and policies do that are not of this package, by their files; empty if all are.
+
+    Of one that has no file, as from an interactive session, by what its class compiles to.
+    """
+    chosen = [*(rule for rule, _ in config.rules), *([config.policy] if config.policy else [])]
+    found = {}
+    for cls in {type(one) for one in chosen}:
+        if cls.__module__.startswith("keyformer."):
+            continue
+        try:
+            content = Path(inspect.getfile(cls)).read_text()
+        except (OSError, TypeError):
+            codes = [of.__code__ for of in vars(cls).values() if inspect.isfunction(of)]
+            content = repr([(code.co_code, code.co_consts, code.co_names) for code in codes])
+        found[cls.__qualname__] = digest(content)
+    return {"own code": found} if found else {}
 
 
 def environment(device: torch.device, *modules: str) -> Settings:

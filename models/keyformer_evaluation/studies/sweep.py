@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from keyformer.config import KeyformerConfig
-from keyformer_evaluation.records.identity import Settings, environment, weights_hash
+from keyformer_evaluation.records.identity import Settings, environment, own_code, weights_hash
 from keyformer_evaluation.records.processes import own_device
 from keyformer_evaluation.records.store import Result, Source, Store
 from keyformer_evaluation.records.work import Job, finish, keys_of
@@ -80,6 +80,7 @@ class Run:
                 **measure.setting,
                 **settings,
                 **environment(device, type(measure).__module__),
+                **own_code(config),
             },
             items=measure.contents,
             compute=lambda items: measure(config, device, items),

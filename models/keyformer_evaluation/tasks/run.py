@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.integration import load_model
 from keyformer.quantize import weight_bytes
-from keyformer_evaluation.records.identity import environment, weights_hash
+from keyformer_evaluation.records.identity import environment, own_code, weights_hash
 from keyformer_evaluation.records.processes import is_main, own_device
 from keyformer_evaluation.records.results import (
     check_record,
@@ -160,6 +160,7 @@ def generation(
             "bs": flags.bs,
             **options,
             **environment(model.device, generate.__module__),
+            **own_code(config),
         },
         items=prompts,
         compute=compute,
