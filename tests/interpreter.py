@@ -1,8 +1,9 @@
 """Triton's interpreter without work that it does again and again; what kernels compute is the same.
 
 On every call of a device function it patches the whole of triton.language anew, which the launch of
-the kernel has patched already, and on every operation it builds a table of numpy's types: together
-more than half of its time.
+the kernel has patched already, on every operation it builds a table of numpy's types, and of whole
+numbers it computes whether they overflow, which it tells nobody unless it debugs: together most of
+its time.
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ import functools
 import inspect
 
 import triton.language as tl
+from triton.language import semantic
 from triton.runtime import interpreter
 
 
 def make_quick() -> None:
-    """Patch once a launch, and look each type up once; nothing where a release has neither."""
+    """Patch once a launch, look each type up once; nothing where a release has none of it."""
     patch = getattr(interpreter, "_patch_lang", None)
     if patch is not None:
 
+        @functools.cache
+        def langs_of(fn):
+            return {of for of in fn.__globals__.values() if inspect.ismodule(of)} & {tl, tl.core}
+
         def patch_once(fn):
-            langs = {of for of in fn.__globals__.values() if inspect.ismodule(of)} & {tl, tl.core}
+            langs = langs_of(fn)
             if langs and all(lang.range.__name__ == "_new_range" for lang in langs):
                 return interpreter._LangPatchScope()
             return patch(fn)
@@ -35,3 +41,11 @@ def make_quick() -> None:
             return np_dtype(dtype) if isinstance(element, tl.pointer_type) else of_element(element)
 
         interpreter._get_np_dtype = looked_up
+    checked = getattr(semantic.TritonSemantic, "binary_op_sanitize_overflow_impl", None)
+    if checked is not None:
+
+        def if_told(self, *operands):
+            if self.builder.options.debug:
+                checked(self, *operands)
+
+        semantic.TritonSemantic.binary_op_sanitize_overflow_impl = if_told
