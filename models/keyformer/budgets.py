@@ -137,15 +137,15 @@ class Adaptive(Policy):
         """The best of each head, then the best of all."""
         order, (_, heads, tokens) = shared.order, shared.order.shape
         least = (self.least * shared.key_slots.double() + 1e-9).floor()[:, None, None]
-        safe = (places(order) < least) & (order > SAFE)
+        safe = (from_largest(order) < least) & (order > SAFE)
         order = order.masked_fill(safe, torch.iinfo(torch.int64).max).flatten(1)
-        taken = (places(order) < heads * shared.key_slots[:, None]) & (order > SAFE)
+        taken = (from_largest(order) < heads * shared.key_slots[:, None]) & (order > SAFE)
         all_fit = (order > SAFE).sum(dim=-1, keepdim=True) <= heads * shared.key_slots[:, None]
         of_heads = taken.unflatten(1, (heads, tokens)).sum(dim=-1)
         return torch.where(all_fit, shared.key_slots[:, None], of_heads)
 
 
-def places(order: Tensor) -> Tensor:
+def from_largest(order: Tensor) -> Tensor:
     """The place of each number in the last dimension, 0 for the largest; of equals the first."""
     sorted_ = order.argsort(dim=-1, descending=True, stable=True)
     counting = torch.arange(order.shape[-1], device=order.device).expand_as(order)

@@ -179,7 +179,7 @@ class KeyformerConfig:
         choice("positions", POSITIONS)
         choice("cache_dtype", CACHE_DTYPES)
         choice("backend", BACKENDS)
-        shares(self.rule)
+        rules = self.rules
         if isinstance(self.rule, Mapping):
             object.__setattr__(self, "rule", tuple(self.rule.items()))
         elif isinstance(self.rule, list):
@@ -194,7 +194,7 @@ class KeyformerConfig:
                 f"budgets {self.budgets} cannot be combined with score 'shared', under which all"
                 " layers keep the same tokens"
             )
-        for rule, _ in self.rules:
+        for rule, _ in rules:
             if rule.asks is not None and not isinstance(rule.asks, Asked):
                 raise InputError(f"rule {rule} must ask for an Asked or None, got {rule.asks!r}")
 
@@ -243,7 +243,7 @@ class KeyformerConfig:
         """How layers and heads share the key slots; None where all have as many."""
         return policy(self.budgets)
 
-    @property
+    @cached_property
     def asked(self) -> tuple[Asked, ...]:
         """What the rules want to know of attention, each once."""
         if not self.needs_scores:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from keyformer.budgets import SAFE, Shared, places
+from keyformer.budgets import SAFE, Shared, from_largest
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.text import Text
 
@@ -85,7 +85,7 @@ class Eviction:
             rank = self._by_score(one, positions).masked_fill(~competes, SAFE)
             most = (share * self.key_slots.double() + 1e-9).floor().long()
             room = self.budget - stays.sum(dim=-1)  # less than K where key tokens are frozen
-            stays |= competes & (places(rank) < most.minimum(room)[..., None])
+            stays |= competes & (from_largest(rank) < most.minimum(room)[..., None])
         rank = self._by_score(last, positions).masked_fill(stays, STAYS)
         rank = torch.where(hidden, HIDDEN + positions, rank)
         if self.window is not None:

@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from keyformer import backends
 from keyformer.attention import Attended, AttentionSpec, Tokens
+from keyformer.budgets import from_largest
 from keyformer.config import KeyformerConfig
 from keyformer.eviction import Eviction, known_positions
 from keyformer.rules.rule import Candidates, checked
@@ -362,8 +363,5 @@ class KeyformerLayer(Slots, CacheLayerMixin):
 
 def _order(positions: Tensor) -> Tensor:
     """The rank of each position among those of its head, -1 for an empty slot."""
-    order = positions.argsort(dim=-1)
-    counting = torch.arange(positions.shape[-1], device=positions.device).expand_as(order)
-    ranks = torch.empty_like(positions).scatter_(-1, order, counting)
-    empty = positions < 0
-    return (ranks - empty.sum(dim=-1, keepdim=True)).masked_fill(empty, -1)
+    there = positions >= 0
+    return (there.sum(dim=-1, keepdim=True) - 1 - from_largest(positions)).masked_fill(~there, -1)

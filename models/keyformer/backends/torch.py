@@ -101,11 +101,8 @@ def prefill(
             for one, every, some in zip(asked, received, given, strict=True):
                 if some is None:
                     continue
-                for here, more in (
-                    (every[..., :held], some[..., :held]),
-                    (every[..., held + first : held + end], some[..., held:]),
-                ):
-                    here.copy_(one.merged(here, more))
+                one.merge(every[..., :held], some[..., :held])
+                one.merge(every[..., held + first : held + end], some[..., held:])
         if output_weights:
             every = probability.new_zeros(batch, heads, end - start, held + queries)
             every[..., :held] = probability[..., :held].flatten(1, 2)

@@ -7,38 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from keyformer.rules.rule import Asked, Candidates, Rule, check_whole, pooled, remembered
+from keyformer.rules.observed import Observed
+from keyformer.rules.rule import Asked, Candidates, pooled, remembered
 
 
 @dataclass(frozen=True)
-class Peak(Rule):
+class Peak(Observed):
     """The largest attention from one of the last queries in one head of the layer.
 
     A few heads find what a question asks for, and look at nothing else: in a sum over heads and
-    queries that is little, here it is all. Averaged over neighbours in the text, so that what
-    is found stays whole, and the same in all heads.
-
-    After a decode step what was found before counts (1 - 1 / queries) times as much.
-
-    Parameters
-    ----------
-    queries
-        The last tokens of a prompt that are asked, at least 1.
-    pooling
-        Neighbours that are averaged over, the token itself the middle one; odd.
-
-    Raises
-    ------
-    InputError
-        If one of them is something else.
+    queries that is little, here it is all. Parameters and what is remembered are those of
+    ``Observed``; all heads rank alike.
     """
 
     queries: int = 32
-    pooling: int = 5
-
-    def __post_init__(self) -> None:
-        check_whole("queries", self.queries)
-        check_whole("pooling", self.pooling, odd=True)
 
     @property
     def asks(self) -> Asked:  # type: ignore[override]

@@ -49,9 +49,12 @@ class Asked:
         if self.queries is not None:
             check_whole("queries", self.queries)
 
-    def merged(self, one: Tensor, other: Tensor) -> Tensor:
-        """What two sets of queries come to together."""
-        return one + other if self.kind == "sum" else torch.maximum(one, other)
+    def merge(self, total: Tensor, more: Tensor) -> None:
+        """Take what further queries gave into ``total``, in place."""
+        if self.kind == "sum":
+            total += more
+        else:
+            torch.maximum(total, more, out=total)
 
 
 @dataclass
@@ -95,12 +98,12 @@ class Candidates:
     def _vectors(self) -> tuple[Tensor, Tensor]:
         return self.read()
 
-    @property
+    @cached_property
     def keys(self) -> Tensor:
         """(batch, kv_heads, tokens, head_dim) float32, as attention reads them: rotated, too."""
         return self._vectors[0].float()
 
-    @property
+    @cached_property
     def values(self) -> Tensor:
         """(batch, kv_heads, tokens, head_dim) float32."""
         return self._vectors[1].float()
