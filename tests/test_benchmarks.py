@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import script
 
-from keyformer import InputError, KeyformerConfig
+from keyformer import InputError, KeyformerConfig, replay
 from keyformer_evaluation.speed.bench import Bench
 from keyformer_evaluation.speed.engines import ENGINES
 from keyformer_evaluation.speed.script import Speed
@@ -52,6 +52,15 @@ def test_scripts_write_a_record(tmp_path, capsys, folder: str, name: str) -> Non
 @pytest.fixture(scope="module")
 def bench() -> Bench:
     return Bench("tiny", torch.float32, torch.device("cpu"), repeats=1)
+
+
+def test_what_is_timed_is_the_step_that_generate_replays(monkeypatch, bench: Bench) -> None:
+    captures: list[object] = []
+    monkeypatch.setattr(replay, "CAPTURED_ON", ("cpu",))
+    monkeypatch.setattr(replay, "_captured", lambda *args: captures.append(args))
+    with torch.no_grad():
+        bench.decode_step(KeyformerConfig(kv_cache=50, backend="triton"), 1, 16)
+    assert captures
 
 
 def test_the_engines_share_weights_and_text(bench: Bench) -> None:

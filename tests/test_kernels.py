@@ -343,24 +343,16 @@ def test_parts_of_slots(pairs: int, slots: int, waiting: int) -> None:
 @pytest.mark.parametrize("width", [48, 64])
 @pytest.mark.parametrize("parameters", [0, 1, 2])
 def test_layer_norm_while_a_step_is_captured(width: int, parameters: int) -> None:
-    """That of torch, with weight, bias, both or neither, of sums, and of two dimensions."""
-    given = torch.randn(3 + parameters, 5, 1, width, device=DEVICE) + 2
-    rows, weights = given[0], given[3:, 0, 0]
+    """That of torch, with weight, bias, both or neither, and of two dimensions."""
+    given = torch.randn(1 + parameters, 5, 1, width, device=DEVICE) + 2
+    rows, weights = given[0], given[1:, 0, 0]
     layer = torch.nn.LayerNorm(width, elementwise_affine=False, device=DEVICE)
     for name, weight in zip(("weight", "bias"), weights, strict=False):
         setattr(layer, name, torch.nn.Parameter(weight))
-    expected = layer(rows)
+    expected, of_two = layer(rows), torch.nn.functional.layer_norm(rows, rows.shape[1:])
     with keyformer.replay.FewRows():
         assert torch.allclose(layer(rows), expected, atol=1e-5)
-        total = given[1] + given[2]
-        assert torch.allclose(layer(total), layer(given[1:3].sum(dim=0)), atol=1e-5)
-        unused = total + given[1]
-        functional = torch.nn.functional.layer_norm(rows, rows.shape[1:])
-        last = unused + rows
-    assert torch.allclose(functional, torch.nn.functional.layer_norm(rows, rows.shape[1:]))
-    assert torch.equal(total, given[1] + given[2])
-    assert torch.equal(unused, total + given[1])
-    assert torch.equal(last, unused + rows)
+        assert torch.allclose(torch.nn.functional.layer_norm(rows, rows.shape[1:]), of_two)
 
 
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(16, 8), (24, 24), (64, 16)])

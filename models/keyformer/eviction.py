@@ -72,12 +72,11 @@ class Eviction:
         Tensor
             int64, the same shape.
         """
-        hidden, positions = positions < EMPTY, known_positions(positions)
-        seen = self.text.seen[:, None, None]
-        beyond = torch.zeros_like(hidden)
+        hidden, there = positions < EMPTY, positions >= 0
+        positions = known_positions(positions)
         if self.window is not None:
-            beyond = positions <= seen - self.window
-        there = ~(hidden | beyond) & (positions >= 0)
+            beyond = positions <= self.text.seen[:, None, None] - self.window
+            there &= ~beyond
         stays = self.safe(positions) & there
         *first, last = scores.unbind(dim=-1) if scores.ndim == 4 else (scores,)
         for (_, share), one in zip(self.config.rules, first, strict=False):

@@ -200,60 +200,17 @@ def _is_plain(value: Any) -> bool:
 
 
 class FewRows(TorchFunctionMode):
-    """Takes layer norms by the kernel that is made for the few rows of a decode step.
-
-    A sum that a layer norm follows at once, as that of a residual connection, is left to it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sum: tuple[Tensor, Tensor, Tensor] | None = None
+    """Takes layer norms by the kernel that is made for the few rows of a decode step."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """The result of a function that a model calls while the step is captured."""
-        kwargs = kwargs or {}
         if function is functional.layer_norm:
             from keyformer.kernels import norm
 
-            terms = None
-            if self.sum is not None and args and args[0] is self.sum[2]:
-                terms, self.sum = self.sum[:2], None
-            self._add()
-            return norm.layer_norm(*args, terms=terms, **kwargs)
-        self._add()
-        if function in SUMS and len(args) == 2 and not kwargs and _alike(*args):
-            self.sum = (*args, torch.empty_like(args[0]))
-            return self.sum[2]
-        return function(*args, **kwargs)
-
-    def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        self._add()
-
-    def _add(self) -> None:
-        """The sum that was put off, if there is one."""
-        if self.sum is not None:
-            one, other, total = self.sum
-            self.sum = None
-            torch.add(one, other, out=total)
-
-
-SUMS = (torch.Tensor.__add__, torch.Tensor.add, torch.add)
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Whether both are contiguous tensors of one shape and floating dtype."""
-    return (
-        isinstance(one, Tensor)
-        and isinstance(other, Tensor)
-        and one.shape == other.shape
-        and one.dtype == other.dtype
-        and one.is_floating_point()
-        and one.is_contiguous()
-        and other.is_contiguous()
-    )
+            function = norm.layer_norm
+        return function(*args, **(kwargs or {}))
 
 
 def _tensors(cache: KeyformerCache) -> list[Tensor]:
@@ -261,7 +218,9 @@ def _tensors(cache: KeyformerCache) -> list[Tensor]:
     assert cache.sequences is not None
     tensors = [cache.tau, cache.sequences]
     for layer in cache.layers:
-        tensors += [layer.keys, layer.scores, layer.budget]
+        tensors += [layer.keys, layer.scores]
+        if layer.own_budget is not None:
+            tensors.append(layer.own_budget)
     for text in cache.texts:
         tensors += [text.seen, text.budget, text.window, text.frozen_before]
     return tensors

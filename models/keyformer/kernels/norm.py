@@ -1,4 +1,4 @@
-"""Layer normalization of the few rows of a decode step, with the sum that comes before it.
+"""Layer normalization of the few rows of a decode step.
 
 PyTorch's kernel is made for many: on an H200 it takes 7.5 us for a row of 4096 elements, and
 MPT-7B's step has 65 of them.
@@ -21,15 +21,12 @@ WIDEST = 16384
 @triton.jit
 def _normalize(
     x,
-    other,
     weight,
     bias,
-    total,
     output,
     width,
     eps,
     BLOCK: tl.constexpr,
-    ADDS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BIASED: tl.constexpr,
 ):
@@ -38,16 +35,10 @@ def _normalize(
     there = column < width
     at = tl.program_id(0).to(tl.int64) * width + column
     value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
-    if ADDS:
-        value += tl.load(other + at, mask=there, other=0.0).to(tl.float32)
     if WEIGHTED:
         factor = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
     if BIASED:
         shift = tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
-    if ADDS:
-        rounded = value.to(total.dtype.element_ty)
-        tl.store(total + at, rounded, mask=there)
-        value = rounded.to(tl.float32)
     value = tl.where(there, value - tl.sum(value, axis=0) / width, 0.0)
     value *= tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
     if WEIGHTED:
@@ -63,37 +54,23 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    *,
-    terms: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """torch.nn.functional.layer_norm, and that itself for what the kernel does not know.
-
-    Parameters
-    ----------
-    terms
-        If given, ``input`` is first made their sum; all of one shape and dtype.
-    """
+    """torch.nn.functional.layer_norm, and that itself for what the kernel does not know."""
     width = input.shape[-1]
-    read = [tensor for tensor in (input, weight, bias, *(terms or ())) if tensor is not None]
+    read = [tensor for tensor in (input, weight, bias) if tensor is not None]
     side_by_side = all(tensor.is_contiguous() for tensor in read)
     if tuple(normalized_shape) != (width,) or not 0 < width <= WIDEST or not side_by_side:
-        if terms is not None:
-            torch.add(*terms, out=input)
         return functional.layer_norm(input, normalized_shape, weight, bias, eps)
     output = torch.empty_like(input)
     block = triton.next_power_of_2(width)
-    x, other = (input, None) if terms is None else terms
     _normalize[(input.numel() // width,)](
-        x,
-        other,
+        input,
         weight,
         bias,
-        input,
         output,
         width,
         eps,
         BLOCK=block,
-        ADDS=terms is not None,
         WEIGHTED=weight is not None,
         BIASED=bias is not None,
         num_warps=max(1, min(16, block // 512)),
