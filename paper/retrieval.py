@@ -1,9 +1,10 @@
 """What is asked for, which the paper does not test: questions, needles, chats.
 
-Questions about an article, which come with it (``question``) or after it was evicted (``later``);
-a number in one sentence of a haystack made of articles, at many lengths and depths (``needle``);
-a question about the first turn of a chat after ten others (``chat``). An answer is right if what
-the model writes greedily contains it.
+Questions about an article (``question``); a number in one sentence of a haystack made of articles,
+at many lengths and depths (``needle``); a question about the first turn of a chat after ten others
+(``chat``). Questions and needles are asked with the text, after it was evicted (``later``), and
+after it was evicted with questions of the kind that --ahead has, read with it and forgotten
+(``ahead``). An answer is right if what the model writes greedily contains it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ from keyformer_evaluation.tasks.retrieval import chats, load_articles, needles, 
 
 REAL = ROOT / "models" / "smollm2-135m"
 """What is asked where it is there; the bundled models have not learned to answer."""
+
+AHEAD = (
+    "What is the number? Who is it? When was it? Where was it? How many? Which one? Why?"
+    " What is the name?"
+)
 
 MAPPED = (50, 20)
 """Sizes of the cache, in percent, for which needles are drawn by length and depth."""
@@ -59,6 +65,9 @@ def more_flags(parser: flag.Parser) -> None:
     )
     parser.add_argument("--needles", type=flag.whole(1), default=5, help="of each length and depth")
     parser.add_argument("--max_new_tokens", type=flag.whole(1), default=24, help="of an answer")
+    parser.add_argument(
+        "--ahead", default=AHEAD, help="questions asked ahead; '' for none (default: %(default)s)"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> Steps:
@@ -70,12 +79,16 @@ def main(argv: Sequence[str] | None = None) -> Steps:
     places = [(length, depth) for length in flags.lengths for depth in flags.depths]
     if flags.quick:
         places = [(20, 50.0)]
-    study.items = {
-        "question": questions(articles, later=False),
-        "later": questions(articles, later=True),
-        "needle": [one for at in places for one in needles(articles, *at, flags.needles)],
-        "chat": chats(articles),
-    }
+    asked = {"": {}, "later": {"later": True}, "ahead": {"ahead": flags.ahead}}
+    if not flags.ahead:
+        del asked["ahead"]
+    study.items = {}
+    for when, how in asked.items():
+        study.items[when or "question"] = questions(articles, **how)
+        study.items[f"needle {when}".strip()] = [
+            one for at in places for one in needles(articles, *at, flags.needles, **how)
+        ]
+    study.items["chat"] = chats(articles)
     measures = study.measures(Answered)
     results = yield from study.measure(cells(flags), measures)
     results = with_differences(results, RIVALS)

@@ -316,6 +316,31 @@ def peak(
     ]
 
 
+def recall(
+    heads: list[Told],
+    before: list[Scores],
+    queries: int = 16,
+    pooling: int = 17,
+    strength: float = 1 / 64,
+) -> list[Scores]:
+    """All that a token has received; and, after more than a token, what the last queries gave it
+    and its neighbours at once, squared, in parts of what a head has given in all."""
+    scores = accumulated(heads, before)
+    for told, now in zip(heads, scores, strict=True):
+        new, seen = len(told.received), told.tokens[-1].position + 1
+        if new == 1:
+            continue
+        given = sum(total(told, t) for t in told.tokens) / new * seen
+        most: dict[int, float] = {}
+        for gives in told.received[-queries:]:
+            for t, by_head in gives.items():
+                most[t.position] = max(most.get(t.position, 0.0), *by_head)
+        squares = {position: f * f for position, f in most.items()}
+        for t in now:
+            now[t] += strength * given * pooled(squares, t.position, pooling)
+    return scores
+
+
 def pooled(received: dict[int, float], position: int, pooling: int) -> float:
     """The average around a position, where what is not there received 0."""
     half = (pooling - 1) // 2

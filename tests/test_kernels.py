@@ -94,6 +94,7 @@ def test_methods(method: str) -> None:
         ("0.6*accumulated + 0.4*last", "adaptive"),
         ("leverage", "uniform"),
         ("accumulated", "adaptive"),
+        ("recall(queries=4,pooling=3,strength=0.5)", "uniform"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:the decode kernels do not know")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from families import small_model
 from originals import write_original
 
 from keyformer import InputError, KeyformerConfig, enable_keyformer, load_model
-from keyformer_evaluation.studies.feeding import judge, read, write
+from keyformer_evaluation.studies.feeding import Part, judge, read, write
 from keyformer_evaluation.studies.measures import Agreement, Answered, Reference
 from keyformer_evaluation.studies.study import ARTICLES
 from keyformer_evaluation.studies.sweep import Cell, carry_out, summarize
@@ -32,6 +33,7 @@ from keyformer_evaluation.tasks.data import (
     user,
 )
 from keyformer_evaluation.tasks.retrieval import (
+    AHEAD,
     CUT,
     TURNS,
     answered,
@@ -73,13 +75,23 @@ def said(item) -> str:
 
 def test_questions_come_with_the_article_or_after_it() -> None:
     articles = load_articles(ARTICLES)
-    now, later = (questions(articles, later) for later in (False, True))
+    now, later = (questions(articles, later=later) for later in (False, True))
     assert len(now) == len(later) == sum(len(of["questions"]) for of in articles)
     for item, other in zip(now, later, strict=True):
         assert item["answer"] == other["answer"] and CUT not in said(item)
         article, question = said(other).split(CUT)
         assert answered(article, item["answer"]) and not answered(question, item["answer"])
         assert said(item) == article + question
+
+
+def test_questions_asked_ahead_are_read_with_the_text() -> None:
+    articles = load_articles(ARTICLES)[:2]
+    given = {"later": True}, {"ahead": "Who is it? When?"}
+    for make in (questions, partial(needles, words=300, depth=50, count=2)):
+        for later, ahead in zip(*(make(articles, **how) for how in given), strict=True):
+            text, question = said(ahead).split(CUT)
+            assert text.endswith(AHEAD + "\n\nWho is it? When?")
+            assert said(later) == text.split(AHEAD)[0] + CUT + question
 
 
 @pytest.mark.parametrize("depth", [0, 30, 100])
@@ -174,7 +186,7 @@ def test_parts_under_a_full_cache_are_one_text(arch) -> None:
         )
     model = enable_keyformer(stock, FULL)
     for batch in batches(arch):
-        texts = [TEXTS[number] for number in batch]
+        texts = [[*map(Part, TEXTS[number])] for number in batch]
         cache, logits = read(model, texts, FULL, batch, 5)
         assert_close(logits, torch.stack([expected[number] for number in batch]))
         judged = judge(model, cache, logits, [follow[number] for number in batch])
@@ -199,12 +211,13 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
 def test_parts_are_evicted_alike_alone_and_in_a_batch(name) -> None:
     config = KeyformerConfig(kv_budget=4, seed=1)
     model = enable_keyformer(small_stock(name), config)
-    cache, together = read(model, TEXTS, config, [7, 8, 9], 5)
+    parts = [[*map(Part, text)] for text in TEXTS]
+    cache, together = read(model, parts, config, [7, 8, 9], 5)
     assert cache.layers[0].positions.shape[-1] == 4
-    for number, text in enumerate(TEXTS):
+    for number, text in enumerate(parts):
         _, alone = read(model, [text], config, [7 + number], 5)
         assert_close(together[number], alone[0])
-    _, other = read(model, TEXTS, KeyformerConfig(kv_budget=4, seed=2), [7, 8, 9], 5)
+    _, other = read(model, parts, KeyformerConfig(kv_budget=4, seed=2), [7, 8, 9], 5)
     assert not torch.allclose(together, other)
 
 
@@ -248,6 +261,8 @@ def test_answers_are_those_of_generate(model_path, articles) -> None:
     found = measured(Answered, model_path, [right, item], FULL, prompt_kind="none")
     assert [of["answered"] for of in found] == [100.0, 0.0]
     assert found[0]["answer_nll"] < found[1]["answer_nll"]
+    ahead = questions(load_articles(articles), ahead="Who?")[0] | {"answer": right["answer"]}
+    assert measured(Answered, model_path, [ahead], FULL, prompt_kind="none") == [found[0]]
 
 
 def test_differences_are_paired() -> None:
@@ -273,16 +288,19 @@ def study(name: str, model_path: Path, out: Path, *flags: str) -> list[dict[str,
         return list(csv.DictReader(file))
 
 
+ASKED = ["question", "needle", "later", "needle later", "ahead", "needle ahead", "chat"]
+
+
 def test_retrieval_writes_a_record_and_the_needles_by_place(model_path, articles, tmp_path) -> None:
     flags = ["--articles", str(articles), "--lengths", "20", "25", "--depths", "0", "100"]
     flags += ["--needles", "1", "--methods", "h2o", "keyformer", "--sizes", "30", "50"]
     flags += ["--n_obs", "2"]
     rows = study("retrieval", model_path, tmp_path / "out", *flags)
-    assert [row["task"] for row in rows[::5]] == ["question", "later", "needle", "chat"]
-    assert len(rows) == 20 and all(0 <= float(row["answered"]) <= 100 for row in rows)
+    assert [row["task"] for row in rows[::5]] == ASKED
+    assert len(rows) == 35 and all(0 <= float(row["answered"]) <= 100 for row in rows)
     assert all((row["answered_minus_h2o"] == "") == (row["method"] == "full") for row in rows)
     record = json.loads((tmp_path / "out" / "retrieval.json").read_text())
-    assert record["items"] == {"question": 4, "later": 4, "needle": 4, "chat": 2}
+    assert record["items"] == dict.fromkeys(ASKED, 4) | {"chat": 2}
     with (tmp_path / "out" / "retrieval_needles.csv").open() as file:
         places = list(csv.DictReader(file))
     assert [row["task"] for row in places[::4]] == ["full", "h2o 50 %", "keyformer 50 %"]

@@ -32,6 +32,7 @@ from rules_oracle import (
     observed,
     peak,
     pyramid,
+    recall,
 )
 from test_algorithm import check_output
 from torch import Tensor
@@ -51,6 +52,7 @@ from keyformer.rules import (
     Leverage,
     Observed,
     Peak,
+    Recall,
 )
 from keyformer.score import temperature
 from keyformer_evaluation.records.identity import own_code
@@ -122,6 +124,11 @@ RULES: dict[str, tuple[Any, Rule]] = {
     "last pooled": (Last(pooling=5), Rule(partial(last, pooling=5))),
     "peak": ("peak", Rule(peak)),
     "peak of two": (Peak(queries=2, pooling=3), Rule(partial(peak, queries=2, pooling=3))),
+    "recall": ("recall", Rule(recall)),
+    "recall of two": (
+        Recall(queries=2, pooling=3, strength=0.5),
+        Rule(partial(recall, queries=2, pooling=3, strength=0.5)),
+    ),
     "key_diversity": ("key_diversity", Rule(key_diversity, rounding=1e-5)),
     "leverage": ("leverage", Rule(leverage, rounding=2e-3)),
     "largest": ("largest", Rule(largest)),

@@ -163,9 +163,10 @@ def test_presets_are_the_rows_of_the_paper() -> None:
         "key": (100, 0, 0),
         "h2o": (100, 20, 0),
         "keyformer": (100, 20, 0),
+        "recall": (100, 10, 4),
     }
     assert presets["full"].budget(200) > 10**15
-    for name in ("key", "h2o"):
+    for name in ("key", "h2o", "recall"):
         assert (presets[name].noise, presets[name].tau_init, presets[name].tau_end) == (
             "none",
             1,

@@ -326,6 +326,35 @@ class KeyformerCache(Cache):
         if length < 0 or any(text.evicted for text in self.texts):
             why = f"it holds {self.columns.length}" if length < 0 else "it has evicted some"
             raise InputError(f"the cache cannot be cropped by {-tokens_to_remove} tokens: {why}")
+        self._take_back(length)
+
+    def forget(self, tokens: int) -> None:
+        """Take back the last tokens for good: what was evicted meanwhile does not come back.
+
+        For questions that are read ahead with a text, so that a rule keeps what they look at
+        (:class:`keyformer.rules.Recall`), and are not part of it. The next token takes the place of
+        the first of them; their slots are free, and what they gave to others stays.
+
+        Parameters
+        ----------
+        tokens
+            How many columns; the slots of the others are as the eviction left them.
+
+        Raises
+        ------
+        InputError
+            If the cache does not hold as many.
+        """
+        if not 0 <= tokens <= self.columns.length:
+            raise InputError(
+                f"tokens must be a whole number from 0 to the {self.columns.length} that the cache"
+                f" has read, got {tokens}"
+            )
+        if tokens:
+            self._take_back(self.columns.length - tokens)
+
+    def _take_back(self, length: int) -> None:
+        """Leave the first columns."""
         for text in self.texts:
             text.crop(length)
         self.columns.crop(length)

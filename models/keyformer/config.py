@@ -1,4 +1,4 @@
-"""The settings of the method, and every method the paper compares as a row of them."""
+"""The settings of the method, and as a row of them every method the paper compares, and ours."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "key": {"recent": 0.0, "sinks": 0, **PLAIN},
     "h2o": {"sinks": 0, **PLAIN},
     "keyformer": {"sinks": 0},
+    "recall": {"rule": "recall", "recent": 10.0, "sinks": 4, **PLAIN},
 }
 """What defines each method; what a row does not name is the user's to set."""
 
@@ -195,8 +196,10 @@ class KeyformerConfig:
                 " layers keep the same tokens"
             )
         for rule, _ in rules:
-            if rule.asks is not None and not isinstance(rule.asks, Asked):
-                raise InputError(f"rule {rule} must ask for an Asked or None, got {rule.asks!r}")
+            if not all(isinstance(one, Asked) for one in rule.asked):
+                raise InputError(
+                    f"rule {rule} must ask for an Asked, a tuple of them or None, got {rule.asks!r}"
+                )
 
     @classmethod
     def preset(cls, method: str, **settings: Any) -> KeyformerConfig:
@@ -248,7 +251,7 @@ class KeyformerConfig:
         """What the rules want to know of attention, each once."""
         if not self.needs_scores:
             return ()
-        return tuple(dict.fromkeys(rule.asks for rule, _ in self.rules if rule.asks is not None))
+        return tuple(dict.fromkeys(one for rule, _ in self.rules for one in rule.asked))
 
     @property
     def draws_noise(self) -> bool:

@@ -183,11 +183,11 @@ class KeyformerLayer(Slots, CacheLayerMixin):
         several = before.ndim == 4
         scores = []
         for number, (rule, _) in enumerate(self.config.rules):
-            of_rule = None if rule.asks is None else attended.received[asked.index(rule.asks)]
+            told = tuple(attended.received[asked.index(one)] for one in rule.asked)
             candidates = Candidates(
                 positions=attended.positions,
                 before=before[..., number] if several else before,
-                received=of_rule,
+                received=told if isinstance(rule.asks, tuple) else told[0] if told else None,
                 queries=text.taken,
                 seen=text.seen,
                 length=text.length,

@@ -16,7 +16,6 @@ from keyformer.attention import Attended, AttentionSpec, Tokens
 from keyformer.backends import torch as torch_backend
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.rules import formula
-from keyformer.rules.accumulated import Accumulated
 from keyformer.score import Scorer
 from keyformer.slots import Slots
 from keyformer.text import Span
@@ -93,12 +92,13 @@ def steps(
 ) -> bool:
     """Whether the decode kernels are to take a step, with what it does to scores and slots.
 
-    They know the accumulated rule alone: by another, or a mixture, torch scores what the prefill
-    kernels give, and decides who leaves. So it says, once for each rule.
+    They accumulate: where a rule does otherwise, or several share the slots, torch scores what the
+    prefill kernels give, and decides who leaves. So it says, once for each rule.
     """
     if not on_kernels(config.backend, query, softcap=spec.softcap, window=spec.window, mask=mask):
         return False
-    known = not config.needs_scores or config.rules == ((Accumulated(), 1.0),)
+    (rule, _), *others = config.rules
+    known = not config.needs_scores or (rule.accumulates and not others)
     if not known:
         _say_slow(formula(config.rules))
     return known

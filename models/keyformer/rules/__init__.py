@@ -13,12 +13,14 @@ from keyformer.rules.largest import Largest
 from keyformer.rules.last import Last
 from keyformer.rules.observed import Observed
 from keyformer.rules.peak import Peak
+from keyformer.rules.recall import Recall
 from keyformer.rules.rule import Asked, Candidates, Rule, pooled
 
 __all__ = ["RULES", "Asked", "Candidates", "Rule", "Shares", "formula", "pooled", "shares"]
 
 RULES: dict[str, type[Rule]] = {
     "accumulated": Accumulated,
+    "recall": Recall,
     "observed": Observed,
     "last": Last,
     "peak": Peak,

@@ -15,8 +15,9 @@ class Accumulated(Rule):
     """f_theta of section 3.3.2: all attention that a token has received since it came."""
 
     asks: ClassVar[Asked] = Asked("sum")
+    accumulates: ClassVar[bool] = True
 
     def score(self, tokens: Candidates) -> Tensor:
         """What it had, and what it receives."""
-        assert tokens.received is not None
+        assert isinstance(tokens.received, Tensor)
         return tokens.before + tokens.received

@@ -19,5 +19,5 @@ class Largest(Rule):
 
     def score(self, tokens: Candidates) -> Tensor:
         """The largest so far."""
-        assert tokens.received is not None
+        assert isinstance(tokens.received, Tensor)
         return torch.maximum(tokens.before, tokens.received)

@@ -34,6 +34,6 @@ class Last(Rule):
 
     def score(self, tokens: Candidates) -> Tensor:
         """What it receives in all heads that still have it; nothing of before."""
-        assert tokens.received is not None
+        assert isinstance(tokens.received, Tensor)
         together = tokens.by_position(tokens.received).sum(dim=1, keepdim=True)
         return tokens.at(pooled(together, self.pooling))

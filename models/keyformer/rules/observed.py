@@ -43,6 +43,6 @@ class Observed(Rule):
 
     def score(self, tokens: Candidates) -> Tensor:
         """What it receives and its neighbours do, and what is remembered."""
-        assert tokens.received is not None
+        assert isinstance(tokens.received, Tensor)
         received = tokens.at(pooled(tokens.by_position(tokens.received), self.pooling))
         return remembered(tokens, self.queries) + received

@@ -29,7 +29,7 @@ class Peak(Observed):
 
     def score(self, tokens: Candidates) -> Tensor:
         """The largest around it now, or what is left of the one before if that is more."""
-        assert tokens.received is not None
+        assert isinstance(tokens.received, Tensor)
         any_head = tokens.by_position(tokens.received).amax(dim=1, keepdim=True)
         found = tokens.at(pooled(any_head, self.pooling))
         return torch.maximum(remembered(tokens, self.queries), found)

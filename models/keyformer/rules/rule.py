@@ -73,7 +73,8 @@ class Candidates:
         The same shape, float32: the scores that this rule gave after the last forward, times
         ``forgetting`` for each query since; 0 for new tokens.
     received
-        The same shape, float32: the attention that the rule asked for; None if it asked for none.
+        The same shape, float32: the attention that the rule asked for; a tuple of such if it asked
+        for several, None if for none.
     queries
         (batch,) int64: new tokens, which are the queries of this forward.
     seen
@@ -86,7 +87,7 @@ class Candidates:
 
     positions: Tensor
     before: Tensor
-    received: Tensor | None
+    received: Tensor | tuple[Tensor, ...] | None
     queries: Tensor
     seen: Tensor
     length: int
@@ -141,10 +142,24 @@ class Rule(ABC):
     Attributes
     ----------
     asks
-        What it wants to know of attention; None if nothing.
+        What it wants to know of attention, or a tuple of such; None if nothing.
+    accumulates
+        Whether it asks for the sum first, and in a step of one token adds that to the score: then
+        the decode kernels take the step. Subclasses, which may do otherwise, say so anew.
     """
 
-    asks: ClassVar[Asked | None] = None
+    asks: ClassVar[Asked | tuple[Asked, ...] | None] = None
+    accumulates: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        if "accumulates" not in vars(cls):
+            cls.accumulates = False
+
+    @property
+    def asked(self) -> tuple[Asked, ...]:
+        """All that it wants to know of attention."""
+        asks = self.asks
+        return asks if isinstance(asks, tuple) else () if asks is None else (asks,)
 
     @abstractmethod
     def score(self, tokens: Candidates) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,21 @@ from keyformer.modeling import position_inputs
 from keyformer_evaluation.tasks.generation import ends_text
 
 Tokens = list[int]
+
+
+class Part(NamedTuple):
+    """What of a text is read in one forward, after which the cache is evicted.
+
+    Attributes
+    ----------
+    ids
+        Its tokens.
+    ahead
+        How many of them, the last, are questions asked ahead: forgotten once it is evicted.
+    """
+
+    ids: Tokens
+    ahead: int = 0
 
 
 def padded(texts: Sequence[Tokens], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -30,12 +46,12 @@ def padded(texts: Sequence[Tokens], left: bool, device: torch.device) -> tuple[T
 @torch.no_grad()
 def read(
     model: PreTrainedModel,
-    texts: Sequence[Sequence[Tokens]],
+    texts: Sequence[Sequence[Part]],
     config: KeyformerConfig,
     noise_ids: Sequence[int],
     max_new_tokens: int,
 ) -> tuple[KeyformerCache, Tensor]:
-    """Feed a batch of texts, each in the same number of parts, a part in one forward.
+    """Feed a batch of texts, each in the same number of parts, as much of each asked ahead.
 
     Parts of other lengths are padded at their left, which models whose ALiBi counts columns (MPT)
     take for distance: there give texts of several parts alone.
@@ -57,11 +73,12 @@ def read(
     cache = KeyformerCache(model.config, config, noise_ids)
     cache.max_new_tokens = max_new_tokens
     for number, parts in enumerate(zip(*texts, strict=True)):
-        ids, real = padded(parts, left=True, device=model.device)
+        ids, real = padded([part.ids for part in parts], left=True, device=model.device)
         places = {} if number else position_inputs(model, real)
         logits = model(
             ids, attention_mask=real, past_key_values=cache, logits_to_keep=1, **places
         ).logits
+        cache.forget(parts[0].ahead)
     return cache, logits[:, -1]
 
 

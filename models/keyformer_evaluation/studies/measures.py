@@ -22,7 +22,7 @@ from keyformer.config import InputError, KeyformerConfig
 from keyformer.integration import load_model
 from keyformer_evaluation.records.identity import Settings, noise_id
 from keyformer_evaluation.records.store import Result
-from keyformer_evaluation.studies.feeding import Tokens, judge, read, write
+from keyformer_evaluation.studies.feeding import Part, Tokens, judge, read, write
 from keyformer_evaluation.tasks.data import (
     TASKS,
     Item,
@@ -33,7 +33,7 @@ from keyformer_evaluation.tasks.data import (
     trained_room,
 )
 from keyformer_evaluation.tasks.generation import generate
-from keyformer_evaluation.tasks.retrieval import CUT, answered
+from keyformer_evaluation.tasks.retrieval import AHEAD, CUT, answered
 from keyformer_evaluation.tasks.rouge import rouge
 
 NEGLIGIBLE = 0.01
@@ -124,7 +124,7 @@ class OnItems(ABC):
     ) -> tuple[KeyformerCache, Tensor]:
         """Feed items' prompts; their cache, and (batch, vocabulary) logits of what comes next."""
         prompts = [self.prompt(item, model, tokenizer) for item in items]
-        texts = [[encode(tokenizer, prompt)["input_ids"]] for prompt in prompts]
+        texts = [[Part(encode(tokenizer, prompt)["input_ids"])] for prompt in prompts]
         return read(model, texts, config, [*map(noise_id, prompts)], self.max_new_tokens)
 
 
@@ -184,7 +184,7 @@ class Likelihood(OnItems):
         model, tokenizer = self.load(device)
         halves = [self._halves(self.items[item], tokenizer) for item in items]
         ids = [noise_id(self.items[item]) for item in items]
-        read_first = [[first] for first, _ in halves]
+        read_first = [[Part(first)] for first, _ in halves]
         cache, logits = read(model, read_first, config, ids, self.max_new_tokens)
         judged = judge(model, cache, logits, [second for _, second in halves])
         return [{"bits": round(float(lost.mean()) / math.log(2), 5)} for lost, _ in judged]
@@ -303,7 +303,7 @@ class Answered(OnItems):
     def _answers(
         self,
         items: Sequence[int],
-        texts: Sequence[Sequence[Tokens]],
+        texts: Sequence[Sequence[Part]],
         config: KeyformerConfig,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -325,14 +325,19 @@ class Answered(OnItems):
 
     def _parts(
         self, item: Item, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-    ) -> list[Tokens]:
+    ) -> list[Part]:
+        def tokens(text: str) -> Tokens:
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
         kind = prompt_kind(self.prompt_kind, tokenizer)
-        first, *more = conversation(item["messages"], tokenizer, kind).split(CUT)
-        parts = [encode(tokenizer, first)["input_ids"]]
-        parts += [
-            tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in more
-        ]
-        room, length = trained_room(model, self.max_new_tokens), sum(map(len, parts))
+        parts: list[Part] = []
+        for text in conversation(item["messages"], tokenizer, kind).split(CUT):
+            read, _, questions = text.partition(AHEAD)
+            ahead = tokens(questions)
+            ids = tokens(read) if parts else encode(tokenizer, read)["input_ids"]
+            parts.append(Part([*ids, *ahead], len(ahead)))
+        room = trained_room(model, self.max_new_tokens)
+        length = sum(len(part.ids) for part in parts)
         if room is not None and length > room:
             raise InputError(
                 f"a text of {length} tokens is longer than the {room} that the positions of"

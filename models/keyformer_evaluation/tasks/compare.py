@@ -164,7 +164,7 @@ def questions_of(items: Sequence[Item]) -> list[Question]:
     asked = ((number, one) for number, item in enumerate(items) for one in item["questions"])
     return [
         Question(number, one["question"], one["answer"], prompted["messages"])
-        for (number, one), prompted in zip(asked, questions(items, later=False), strict=True)
+        for (number, one), prompted in zip(asked, questions(items), strict=True)
     ]
 
 

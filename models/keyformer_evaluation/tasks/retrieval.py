@@ -2,7 +2,8 @@
 
 An item is ``{"messages": [{"role": ..., "content": ...}, ...], "answer": ...}``: a conversation
 that ends with a question, and what its answer must contain. A ``CUT`` in a message ends a forward,
-after which the cache is evicted; the question after it is asked of what is left.
+after which the cache is evicted; the question after it is asked of what is left. What stands
+between ``AHEAD`` and it are questions asked ahead: read with the text, and forgotten.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from keyformer_evaluation.tasks.data import TASKS, Item, assistant, is_text, loa
 
 CUT = "\x1e"
 """ASCII's record separator."""
+
+AHEAD = "\x1f"
+"""ASCII's unit separator."""
 
 TURNS = 10
 """Between a chat's first turn and the question about it."""
@@ -48,22 +52,29 @@ def load_articles(path: Path) -> list[Item]:
     return articles
 
 
-def _asked(question: str) -> str:
+def _instructed(question: str) -> str:
     return f"Answer the question with words from the article.\nQuestion: {question}"
 
 
-def questions(articles: Sequence[Item], later: bool) -> list[Item]:
+def _after(question: str, later: bool, ahead: str) -> str:
+    """A question at the end of a text, or ``later``, after it was evicted."""
+    between = f"{AHEAD}\n\n{ahead}{CUT}" if ahead else CUT if later else ""
+    return f"{between}\n\n{question}"
+
+
+def questions(articles: Sequence[Item], *, later: bool = False, ahead: str = "") -> list[Item]:
     """Each article with each of its questions.
 
     Parameters
     ----------
     later
         Whether the question comes after the article was evicted, instead of with it.
+    ahead
+        Questions that are asked ahead then.
     """
-    between = CUT if later else ""
     return [
         {
-            "messages": [user(f"{of['input']}{between}\n\n{_asked(one['question'])}")],
+            "messages": [user(of["input"] + _after(_instructed(one["question"]), later, ahead))],
             "answer": one["answer"],
         }
         for of in articles
@@ -71,7 +82,15 @@ def questions(articles: Sequence[Item], later: bool) -> list[Item]:
     ]
 
 
-def needles(articles: Sequence[Item], words: int, depth: float, count: int) -> list[Item]:
+def needles(
+    articles: Sequence[Item],
+    words: int,
+    depth: float,
+    count: int,
+    *,
+    later: bool = False,
+    ahead: str = "",
+) -> list[Item]:
     """A number in one sentence among articles, and a question for it at the end.
 
     Parameters
@@ -82,6 +101,8 @@ def needles(articles: Sequence[Item], words: int, depth: float, count: int) -> l
         Where the needle is, in percent of the haystack's sentences.
     count
         How many; for each haystack, number and object are drawn anew.
+    later, ahead
+        Those of :func:`questions`.
     """
     found = []
     for number in range(count):
@@ -98,7 +119,8 @@ def needles(articles: Sequence[Item], words: int, depth: float, count: int) -> l
             hay.pop()
         needle, question, code = _needle(drawn)
         hay.insert(round(depth / 100 * len(hay)), needle)
-        found.append({"messages": [user(f"{' '.join(hay)}\n\n{question}")], "answer": code})
+        text = " ".join(hay) + _after(question, later, ahead)
+        found.append({"messages": [user(text)], "answer": code})
     return found
 
 

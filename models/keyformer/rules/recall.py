@@ -1,0 +1,71 @@
+"""What a text is about and what its end asks for, in one score: this project's own rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from keyformer.errors import InputError
+from keyformer.rules.rule import Asked, Candidates, Rule, check_whole, pooled
+
+
+@dataclass(frozen=True)
+class Recall(Rule):
+    """Accumulated attention, and more for what one of the last queries looked at hard.
+
+    Accumulated attention knows what a text is about, and loses what is mentioned once and asked
+    for at the end: one query of a thousand looks at it. So the largest attention from the last
+    queries, squared and averaged over neighbours in the text, is added to it:
+
+        score = accumulated + strength * (all attention given so far) * pooled(largest ** 2)
+
+    The square leaves the sharp looks of a question, and next to nothing of the many faint ones of
+    an instruction, for which the sum is the better guide. In a decode step attention is
+    accumulated, as in ``Accumulated``: what a prompt asked for keeps what that was worth.
+
+    Parameters
+    ----------
+    queries
+        The last tokens of a prompt that are asked, at least 1.
+    pooling
+        Neighbours that are averaged over, the token itself the middle one; odd.
+    strength
+        A token at which a query looks alone counts as much as one with this part of all
+        attention, once averaged; > 0.
+
+    Raises
+    ------
+    InputError
+        If one of them is something else.
+    """
+
+    queries: int = 16
+    pooling: int = 17
+    strength: float = 1 / 64
+
+    accumulates: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_whole("queries", self.queries)
+        check_whole("pooling", self.pooling, odd=True)
+        number = isinstance(self.strength, (int, float)) and not isinstance(self.strength, bool)
+        if not number or not 0 < self.strength < float("inf"):
+            raise InputError(f"strength must be a number > 0, got {self.strength!r}")
+
+    @property
+    def asks(self) -> tuple[Asked, ...]:  # type: ignore[override]
+        """The sum over all queries, and the largest from the last."""
+        return Asked("sum"), Asked("largest", self.queries)
+
+    def score(self, tokens: Candidates) -> Tensor:
+        """What it had and receives, and after a prompt what was looked for."""
+        assert isinstance(tokens.received, tuple)
+        given, largest = tokens.received
+        queries, seen = tokens.queries[:, None, None], tokens.seen[:, None, None]
+        all_given = given.sum(dim=-1, keepdim=True) * (seen / queries.clamp(min=1))
+        looked_for = tokens.at(pooled(tokens.by_position(largest.square()), self.pooling))
+        asked = torch.where(queries > 1, self.strength * all_given * looked_for, 0.0)
+        return tokens.before + given + asked
