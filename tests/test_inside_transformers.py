@@ -376,7 +376,8 @@ def test_what_is_forgotten_was_read_by_the_rule_alone(text) -> None:
         mask[row, :, 15:, :15] = False
         mask[row, :, 15:, positions[row, positions[row] >= 0]] = True
     whole = torch.cat([text[:, :15], text[:, 20:23]], dim=1)
-    expected = stock(whole, attention_mask=mask).logits[:, 15:16]
+    hidden = torch.zeros(mask.shape).masked_fill(~mask, -1e9)
+    expected = stock(whole, attention_mask=hidden).logits[:, 15:16]
     got = model(text[:, 20:21], past_key_values=cache).logits
     assert torch.allclose(got, expected, atol=1e-5)
     with pytest.raises(InputError, match="from 0 to the 16 that the cache has read, got 17"):
