@@ -322,12 +322,18 @@ def recall(
     queries: int = 16,
     pooling: int = 17,
     strength: float = 1 / 64,
+    youth: float = 0.25,
 ) -> list[Scores]:
-    """All that a token has received; and, after more than a token, what the last queries gave it
-    and its neighbours at once, squared, in parts of what a head has given in all."""
-    scores = accumulated(heads, before)
-    for told, now in zip(heads, scores, strict=True):
+    """All that a token has received, more of it where fewer queries saw the token; and, after
+    more than a token, what the last queries gave it and its neighbours at once, squared, in parts
+    of what a head has given in all."""
+    scores = []
+    for told, was in zip(heads, before, strict=True):
         new, seen = len(told.received), told.tokens[-1].position + 1
+        scores.append(now := {})
+        for t in told.tokens:
+            saw = sum(t in gives for gives in told.received)
+            now[t] = was[t] + total(told, t) * (new / saw) ** youth
         if new == 1:
             continue
         given = sum(total(told, t) for t in told.tokens) / new * seen

@@ -126,8 +126,8 @@ RULES: dict[str, tuple[Any, Rule]] = {
     "peak of two": (Peak(queries=2, pooling=3), Rule(partial(peak, queries=2, pooling=3))),
     "recall": ("recall", Rule(recall)),
     "recall of two": (
-        Recall(queries=2, pooling=3, strength=0.5),
-        Rule(partial(recall, queries=2, pooling=3, strength=0.5)),
+        Recall(queries=2, pooling=3, strength=0.5, youth=1),
+        Rule(partial(recall, queries=2, pooling=3, strength=0.5, youth=1)),
     ),
     "key_diversity": ("key_diversity", Rule(key_diversity, rounding=1e-5)),
     "leverage": ("leverage", Rule(leverage, rounding=2e-3)),

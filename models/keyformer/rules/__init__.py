@@ -14,7 +14,7 @@ from keyformer.rules.last import Last
 from keyformer.rules.observed import Observed
 from keyformer.rules.peak import Peak
 from keyformer.rules.recall import Recall
-from keyformer.rules.rule import Asked, Candidates, Rule, pooled
+from keyformer.rules.rule import Asked, Candidates, Rule, is_number, pooled
 
 __all__ = ["RULES", "Asked", "Candidates", "Rule", "Shares", "formula", "pooled", "shares"]
 
@@ -84,12 +84,7 @@ def _written(rule: Rule) -> str:
 
 
 def _is_pair(pair: Any) -> bool:
-    return (
-        isinstance(pair, (tuple, list))
-        and len(pair) == 2
-        and isinstance(pair[1], (int, float))
-        and not isinstance(pair[1], bool)
-    )
+    return isinstance(pair, (tuple, list)) and len(pair) == 2 and is_number(pair[1])
 
 
 def _parts(text: str) -> str | list[tuple[str, float]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keyformer.errors import InputError
-from keyformer.rules.rule import Asked, Candidates, Rule, check_whole, pooled
+from keyformer.rules.rule import Asked, Candidates, Rule, check_whole, is_number, pooled
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,10 @@ class Recall(Rule):
 
     Accumulated attention knows what a text is about, and loses what is mentioned once and asked
     for at the end: one query of a thousand looks at it. So the largest attention from the last
-    queries, squared and averaged over neighbours in the text, is added to it:
+    queries, squared and averaged over neighbours in the text, is added to it. After a prompt
 
-        score = accumulated + strength * (all attention given so far) * pooled(largest ** 2)
+        score = accumulated * (queries / those that saw the token) ** youth
+              + strength * (all attention given so far) * pooled(largest ** 2)
 
     The square leaves the sharp looks of a question, and next to nothing of the many faint ones of
     an instruction, for which the sum is the better guide. In a decode step attention is
@@ -35,6 +36,9 @@ class Recall(Rule):
     strength
         A token at which a query looks alone counts as much as one with this part of all
         attention, once averaged; > 0.
+    youth
+        How far young tokens, which few queries could see, are made up for that: from 0, the sum
+        as it is, to 1, the mean of those queries.
 
     Raises
     ------
@@ -45,15 +49,17 @@ class Recall(Rule):
     queries: int = 16
     pooling: int = 17
     strength: float = 1 / 64
+    youth: float = 0.25
 
     accumulates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_whole("queries", self.queries)
         check_whole("pooling", self.pooling, odd=True)
-        number = isinstance(self.strength, (int, float)) and not isinstance(self.strength, bool)
-        if not number or not 0 < self.strength < float("inf"):
+        if not is_number(self.strength) or not 0 < self.strength < float("inf"):
             raise InputError(f"strength must be a number > 0, got {self.strength!r}")
+        if not is_number(self.youth) or not 0 <= self.youth <= 1:
+            raise InputError(f"youth must be a number from 0 to 1, got {self.youth!r}")
 
     @property
     def asks(self) -> tuple[Asked, ...]:  # type: ignore[override]
@@ -64,8 +70,10 @@ class Recall(Rule):
         """What it had and receives, and after a prompt what was looked for."""
         assert isinstance(tokens.received, tuple)
         given, largest = tokens.received
-        queries, seen = tokens.queries[:, None, None], tokens.seen[:, None, None]
-        all_given = given.sum(dim=-1, keepdim=True) * (seen / queries.clamp(min=1))
+        seen = tokens.seen[:, None, None]
+        queries = tokens.queries[:, None, None].clamp(min=1)  # of none nothing is given
+        saw_it = queries.minimum(seen - tokens.positions)
+        all_given = given.sum(dim=-1, keepdim=True) * (seen / queries)
         looked_for = tokens.at(pooled(tokens.by_position(largest.square()), self.pooling))
         asked = torch.where(queries > 1, self.strength * all_given * looked_for, 0.0)
-        return tokens.before + given + asked
+        return tokens.before + given * (queries / saw_it) ** self.youth + asked

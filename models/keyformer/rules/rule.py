@@ -207,6 +207,11 @@ def remembered(tokens: Candidates, queries: int) -> Tensor:
     return tokens.before * part.masked_fill(new >= queries, 0)
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is one, and not a truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_whole(name: str, value: Any, *, odd: bool = False) -> None:
     """Refuse what is no whole number >= 1, or, if it is to be ``odd``, is even.
 
