@@ -79,14 +79,14 @@ def main(argv: Sequence[str] | None = None) -> Steps:
     places = [(length, depth) for length in flags.lengths for depth in flags.depths]
     if flags.quick:
         places = [(20, 50.0)]
-    asked = {"": {}, "later": {"later": True}, "ahead": {"ahead": flags.ahead}}
-    if not flags.ahead:
-        del asked["ahead"]
+    asked: dict[str, str | None] = {"": None, "later": ""}
+    if flags.ahead:
+        asked["ahead"] = flags.ahead
     study.items = {}
-    for when, how in asked.items():
-        study.items[when or "question"] = questions(articles, **how)
+    for when, ahead in asked.items():
+        study.items[when or "question"] = questions(articles, ahead)
         study.items[f"needle {when}".strip()] = [
-            one for at in places for one in needles(articles, *at, flags.needles, **how)
+            one for at in places for one in needles(articles, *at, flags.needles, ahead)
         ]
     study.items["chat"] = chats(articles)
     measures = study.measures(Answered)

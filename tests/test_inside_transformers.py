@@ -358,33 +358,6 @@ def test_a7_cropped_caches_go_on(text) -> None:
 
 
 @torch.no_grad()
-def test_what_is_forgotten_was_read_by_the_rule_alone(text) -> None:
-    """Later tokens see those that stayed and are counted from where the text goes on."""
-    one = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
-    stock = small("llama", **one)
-    config = KeyformerConfig.preset("recall", kv_budget=12)
-    model = enable(copy.deepcopy(stock), config)
-    cache = KeyformerCache(model.config, config)
-    model(text[:, :20], past_key_values=cache)
-    held = cache.layers[0].positions[:, 0].clone()
-    cache.forget(5)
-    assert cache.get_seq_length() == 15
-    positions = cache.layers[0].positions[:, 0]
-    assert held.max() == 19 and torch.equal(positions, held.masked_fill(held >= 15, -1))
-    mask = torch.ones(2, 1, 18, 18).tril().bool()
-    for row in range(2):
-        mask[row, :, 15:, :15] = False
-        mask[row, :, 15:, positions[row, positions[row] >= 0]] = True
-    whole = torch.cat([text[:, :15], text[:, 20:23]], dim=1)
-    hidden = torch.zeros(mask.shape).masked_fill(~mask, -1e9)
-    expected = stock(whole, attention_mask=hidden).logits[:, 15:16]
-    got = model(text[:, 20:21], past_key_values=cache).logits
-    assert torch.allclose(got, expected, atol=1e-5)
-    with pytest.raises(InputError, match="from 0 to the 16 that the cache has read, got 17"):
-        cache.forget(17)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a8_weights_of_an_evicting_method_are_by_column(text, dtype) -> None:
     """Zero where a token was evicted, and the rest adds up to one."""

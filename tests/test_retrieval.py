@@ -75,7 +75,7 @@ def said(item) -> str:
 
 def test_questions_come_with_the_article_or_after_it() -> None:
     articles = load_articles(ARTICLES)
-    now, later = (questions(articles, later=later) for later in (False, True))
+    now, later = (questions(articles, ahead) for ahead in (None, ""))
     assert len(now) == len(later) == sum(len(of["questions"]) for of in articles)
     for item, other in zip(now, later, strict=True):
         assert item["answer"] == other["answer"] and CUT not in said(item)
@@ -86,9 +86,9 @@ def test_questions_come_with_the_article_or_after_it() -> None:
 
 def test_questions_asked_ahead_are_read_with_the_text() -> None:
     articles = load_articles(ARTICLES)[:2]
-    given = {"later": True}, {"ahead": "Who is it? When?"}
+    given = "", "Who is it? When?"
     for make in (questions, partial(needles, words=300, depth=50, count=2)):
-        for later, ahead in zip(*(make(articles, **how) for how in given), strict=True):
+        for later, ahead in zip(*(make(articles, ahead=text) for text in given), strict=True):
             text, question = said(ahead).split(CUT)
             assert text.endswith(AHEAD + "\n\nWho is it? When?")
             assert said(later) == text.split(AHEAD)[0] + CUT + question
@@ -251,7 +251,7 @@ def test_measures_of_a_full_cache(model_path, articles) -> None:
 def test_answers_are_those_of_generate(model_path, articles) -> None:
     """The greedy text of the prompt decides; a text that is too long is one line."""
     model, tokenizer = load_model(model_path, dtype="float32", device="cpu")
-    item = questions(load_articles(articles), later=True)[0]
+    item = questions(load_articles(articles), "")[0]
     prompt = conversation(item["messages"], tokenizer, "none").replace(CUT, "")
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     text = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)[
@@ -261,7 +261,7 @@ def test_answers_are_those_of_generate(model_path, articles) -> None:
     found = measured(Answered, model_path, [right, item], FULL, prompt_kind="none")
     assert [of["answered"] for of in found] == [100.0, 0.0]
     assert found[0]["answer_nll"] < found[1]["answer_nll"]
-    ahead = questions(load_articles(articles), ahead="Who?")[0] | {"answer": right["answer"]}
+    ahead = questions(load_articles(articles), "Who?")[0] | {"answer": right["answer"]}
     assert measured(Answered, model_path, [ahead], FULL, prompt_kind="none") == [found[0]]
 
 

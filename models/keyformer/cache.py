@@ -224,6 +224,7 @@ class KeyformerCache(Cache):
         self.replays &= self.columns.places is None and not self.columns.hides
         for text in self.texts:
             text.take(real)
+            self.replays &= not text.patchy
         if not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.set_temperature()
 
@@ -320,11 +321,11 @@ class KeyformerCache(Cache):
         """
         if tokens_to_remove > 0:
             raise InputError(f"tokens_to_remove must be 0 or negative, got {tokens_to_remove}")
-        length = self.columns.length + tokens_to_remove
+        length = self.text.length + tokens_to_remove
         if not tokens_to_remove:
             return
         if length < 0 or any(text.evicted for text in self.texts):
-            why = f"it holds {self.columns.length}" if length < 0 else "it has evicted some"
+            why = f"it holds {self.text.length}" if length < 0 else "it has evicted some"
             raise InputError(f"the cache cannot be cropped by {-tokens_to_remove} tokens: {why}")
         self._take_back(length)
 
@@ -332,29 +333,37 @@ class KeyformerCache(Cache):
         """Take back the last tokens for good: what was evicted meanwhile does not come back.
 
         For questions that are read ahead with a text, so that a rule keeps what they look at
-        (:class:`keyformer.rules.Recall`), and are not part of it. The next token takes the place of
-        the first of them; their slots are free, and what they gave to others stays.
+        (:class:`keyformer.rules.recall.Recall`), and are not part of it. The next token takes the
+        place of the first of them; their slots are free, and what they gave to others stays.
+        Budgets that were a part of the prompt counted them. Until the slots are filled again the
+        torch backend attends.
 
         Parameters
         ----------
         tokens
-            How many columns; the slots of the others are as the eviction left them.
+            How many columns, fewer than were read; padding among them counts.
 
         Raises
         ------
         InputError
-            If the cache does not hold as many.
+            If it is no such number, or under ``positions="new"``, where the tokens of a head that
+            kept more would take other places.
         """
-        if not 0 <= tokens <= self.columns.length:
+        least = isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 0
+        if not least or tokens > max(0, self.text.length - 1):
             raise InputError(
-                f"tokens must be a whole number from 0 to the {self.columns.length} that the cache"
-                f" has read, got {tokens}"
+                f"tokens must be a whole number below the {self.text.length} that the cache has"
+                f" read, got {tokens!r}"
             )
+        if tokens and self.config.positions == "new":
+            raise InputError("a cache cannot forget tokens under positions 'new'")
         if tokens:
-            self._take_back(self.columns.length - tokens)
+            self._take_back(self.text.length - tokens)
+            self.replays = False
 
     def _take_back(self, length: int) -> None:
-        """Leave the first columns."""
+        """Leave the first columns; those of a forward that was refused are not counted."""
+        self.columns.crop(self.text.length)
         for text in self.texts:
             text.crop(length)
         self.columns.crop(length)

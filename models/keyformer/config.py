@@ -200,6 +200,11 @@ class KeyformerConfig:
                 raise InputError(
                     f"rule {rule} must ask for an Asked, a tuple of them or None, got {rule.asks!r}"
                 )
+            if rule.accumulates and rule.asked[:1] != (Asked("sum"),):
+                raise InputError(
+                    f"rule {rule} accumulates and must ask for Asked('sum') first, got"
+                    f" {rule.asks!r}"
+                )
 
     @classmethod
     def preset(cls, method: str, **settings: Any) -> KeyformerConfig:

@@ -158,6 +158,7 @@ class KeyformerLayer(Slots, CacheLayerMixin):
             span=self.text.on(self.device).span,
             output_weights=output_weights,
             mask=self._odd_mask(prompt=True),
+            cache=self._odd_slots,
         )
         held = self.positions.shape[-1]
         scores = self._scored(attended, slots, read, scorer)
@@ -241,8 +242,13 @@ class KeyformerLayer(Slots, CacheLayerMixin):
     def steps_on_kernels(self, query: Tensor, spec: AttentionSpec) -> bool:
         """Whether :meth:`step` can stand for :meth:`attend` and :meth:`admit`."""
         return self.text.step > 0 and backends.steps(
-            self.config, query, spec, mask=self._odd_mask(prompt=False)
+            self.config, query, spec, mask=self._odd_mask(prompt=False), cache=self._odd_slots
         )
+
+    @property
+    def _odd_slots(self) -> str | None:
+        """What of the slots the kernels do not know, which read the first ones as filled."""
+        return "one that has forgotten tokens" if self.text.patchy else None
 
     def _odd_mask(self, prompt: bool) -> str | None:
         """What the attention mask does that the kernels do not know; None if they know it."""
@@ -355,7 +361,7 @@ class KeyformerLayer(Slots, CacheLayerMixin):
         self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
 
     def crop_to(self, seen: Tensor) -> None:
-        """Take back all tokens from positions ``seen`` (batch,) on, of which none is evicted."""
+        """Take back all tokens from positions ``seen`` (batch,) on."""
         if self.is_initialized:
             self.empty(seen)
             self.length = self.text.length

@@ -28,8 +28,8 @@ class Slots:
         (batch, kv_heads, slots, groups) float16, their scales; no groups if not quantized.
     positions
         (batch, kv_heads, slots) int64, position in the text, -1 for an empty slot; the slots
-        of a head fill in their order. A token at p that the attention mask hides has -2 - p: it
-        is not seen and the first to leave, and may be shown again until then.
+        of a head fill in their order, until some are emptied. A token at p that the attention mask
+        hides has -2 - p: it is not seen and the first to leave, and may be shown again until then.
     scores
         (batch, kv_heads, slots) float32: what the rule gave last; of several rules with a last
         dimension for them.

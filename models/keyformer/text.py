@@ -297,6 +297,12 @@ class Text:
         The largest k of the batch.
     reserved
         Tokens that are to find slots without any being added; 0 where they may be.
+    freed
+        Tokens that may still come before all slots are filled again that were freed when others
+        were forgotten.
+    patchy
+        Whether slots had been freed so when the last tokens came: the filled ones do not come
+        first.
     """
 
     _per_sequence = ("seen", "prompt_tokens", "budget", "window", "frozen_before", "shared")
@@ -322,7 +328,8 @@ class Text:
     def reset(self) -> None:
         """Forget everything, budgets included."""
         self.length = self.first_prompt = self.prompt_end = self.step = 0
-        self.reserved = 0
+        self.reserved = self.freed = 0
+        self.patchy = False
         self.seen = torch.zeros(1, dtype=torch.int64)
 
     @property
@@ -363,6 +370,9 @@ class Text:
         self.span = Span(self.positions, self.places)
         self.taken = real.sum(dim=-1)
         self.seen += self.taken
+        self.patchy = self.freed > 0
+        if self.patchy:
+            self.freed = max(0, self.freed - int(self.taken.min()))
         self.advance(tokens)
 
     def advance(self, tokens: int) -> None:
@@ -390,12 +400,17 @@ class Text:
         return bool(self.first_prompt) and bool((self.seen > self.budget).any())
 
     def crop(self, length: int) -> None:
-        """Take back the last tokens, of which none was evicted, so that ``length`` are left.
+        """Take back the last tokens, so that ``length`` are left.
 
         The columns are those of before; budgets stay.
         """
         make_writable(self, self._per_sequence)
+        if self.evicted:
+            self.freed += self.length - length
         self.seen -= self.columns.tokens_from(length).to(self.seen.device)
+        self.frozen_before = self.frozen_before.minimum(self.seen)
+        self.shared = self.shared.minimum(self.seen).minimum(self.seen[:, None])
+        self.step = max(0, self.step - (self.length - length))
         self.length = length
         self.first_prompt = min(self.first_prompt, max(1, length))
         self.prompt_end = min(self.prompt_end, length)

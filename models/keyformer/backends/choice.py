@@ -71,15 +71,15 @@ def prefill(
     *,
     span: Span,
     output_weights: bool = False,
-    mask: str | None = None,
+    **others: str | None,
 ) -> Attended:
     """:func:`keyformer.backends.torch.prefill`, by the kernels where they are to run.
 
-    ``span`` is that of the new tokens, which only the kernels ask for; ``mask`` is what they do
-    not know of the attention mask.
+    ``span`` is that of the new tokens, which only the kernels ask for; ``others`` is what they do
+    not know of the attention mask and of the slots.
     """
     if not output_weights and on_kernels(
-        config.backend, query, softcap=spec.softcap, window=spec.window, mask=mask
+        config.backend, query, softcap=spec.softcap, window=spec.window, **others
     ):
         from keyformer.backends import triton
 
@@ -88,17 +88,17 @@ def prefill(
 
 
 def steps(
-    config: KeyformerConfig, query: Tensor, spec: AttentionSpec, mask: str | None = None
+    config: KeyformerConfig, query: Tensor, spec: AttentionSpec, **others: str | None
 ) -> bool:
     """Whether the decode kernels are to take a step, with what it does to scores and slots.
 
     They accumulate: where a rule does otherwise, or several share the slots, torch scores what the
     prefill kernels give, and decides who leaves. So it says, once for each rule.
     """
-    if not on_kernels(config.backend, query, softcap=spec.softcap, window=spec.window, mask=mask):
+    if not on_kernels(config.backend, query, softcap=spec.softcap, window=spec.window, **others):
         return False
-    (rule, _), *others = config.rules
-    known = not config.needs_scores or (rule.accumulates and not others)
+    (rule, _), *more = config.rules
+    known = not config.needs_scores or (rule.accumulates and not more)
     if not known:
         _say_slow(formula(config.rules))
     return known

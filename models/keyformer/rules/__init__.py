@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
@@ -90,9 +91,10 @@ def _is_pair(pair: Any) -> bool:
 def _parts(text: str) -> str | list[tuple[str, float]]:
     """The names and shares of a formula; the text itself if it is one name."""
     pairs = []
-    for part in text.split("+"):
+    parts = re.split(r"\+(?![^(]*\))", text)  # none of 1e+3 in brackets
+    for part in parts:
         share, star, name = part.rpartition("*")
-        if not star and "+" not in text:
+        if not star and len(parts) == 1:
             return text
         try:
             pairs.append((name.strip(), float(share)))

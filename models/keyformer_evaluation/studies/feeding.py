@@ -78,7 +78,8 @@ def read(
         logits = model(
             ids, attention_mask=real, past_key_values=cache, logits_to_keep=1, **places
         ).logits
-        cache.forget(parts[0].ahead)
+        (ahead,) = {part.ahead for part in parts}
+        cache.forget(ahead)
     return cache, logits[:, -1]
 
 

@@ -56,25 +56,25 @@ def _instructed(question: str) -> str:
     return f"Answer the question with words from the article.\nQuestion: {question}"
 
 
-def _after(question: str, later: bool, ahead: str) -> str:
-    """A question at the end of a text, or ``later``, after it was evicted."""
-    between = f"{AHEAD}\n\n{ahead}{CUT}" if ahead else CUT if later else ""
-    return f"{between}\n\n{question}"
+def _after(question: str, ahead: str | None) -> str:
+    """A question at the end of a text, or after it was evicted."""
+    if ahead is None:
+        return f"\n\n{question}"
+    return (f"{AHEAD}\n\n{ahead}" if ahead else "") + f"{CUT}\n\n{question}"
 
 
-def questions(articles: Sequence[Item], *, later: bool = False, ahead: str = "") -> list[Item]:
+def questions(articles: Sequence[Item], ahead: str | None = None) -> list[Item]:
     """Each article with each of its questions.
 
     Parameters
     ----------
-    later
-        Whether the question comes after the article was evicted, instead of with it.
     ahead
-        Questions that are asked ahead then.
+        None: the question comes with the article. Else it comes after that was evicted, and with
+        it came these questions, if there are any.
     """
     return [
         {
-            "messages": [user(of["input"] + _after(_instructed(one["question"]), later, ahead))],
+            "messages": [user(of["input"] + _after(_instructed(one["question"]), ahead))],
             "answer": one["answer"],
         }
         for of in articles
@@ -87,9 +87,7 @@ def needles(
     words: int,
     depth: float,
     count: int,
-    *,
-    later: bool = False,
-    ahead: str = "",
+    ahead: str | None = None,
 ) -> list[Item]:
     """A number in one sentence among articles, and a question for it at the end.
 
@@ -101,8 +99,8 @@ def needles(
         Where the needle is, in percent of the haystack's sentences.
     count
         How many; for each haystack, number and object are drawn anew.
-    later, ahead
-        Those of :func:`questions`.
+    ahead
+        That of :func:`questions`.
     """
     found = []
     for number in range(count):
@@ -119,7 +117,7 @@ def needles(
             hay.pop()
         needle, question, code = _needle(drawn)
         hay.insert(round(depth / 100 * len(hay)), needle)
-        text = " ".join(hay) + _after(question, later, ahead)
+        text = " ".join(hay) + _after(question, ahead)
         found.append({"messages": [user(text)], "answer": code})
     return found
 
@@ -162,7 +160,6 @@ def chats(articles: Sequence[Item]) -> list[Item]:
 
 def answered(text: str, answer: str) -> bool:
     """Whether a text contains an answer, whatever its case and punctuation."""
-
     return f" {_words(answer)} " in f" {_words(text)} "
 
 
