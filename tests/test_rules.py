@@ -852,6 +852,7 @@ def test_defaults() -> None:
         ("key_diversity", KeyDiversity()),
         ("leverage", Leverage()),
         ("largest", Largest()),
+        ("recall", Recall(queries=16, pooling=17, strength=1 / 64, youth=0.25)),
     ],
 )
 def test_names_are_instances(named: str, instance: Any) -> None:
@@ -863,6 +864,32 @@ def test_names_are_instances(named: str, instance: Any) -> None:
             layer = cache.layers[0]
         scores.append((layer.positions, layer.scores))
     assert all(map(torch.equal, *scores))
+
+
+class Loud(MyLast):
+    """Asks for no such thing."""
+
+    asks = "yes"
+
+
+@dataclass(frozen=True)
+class Hasty(LongKeys):
+    """Does not do in a step what it says."""
+
+    accumulates = True
+
+
+@dataclass(frozen=True)
+class Louder(Recall):
+    """Twice what Recall gives: in a step, too."""
+
+    def score(self, tokens: Candidates) -> Tensor:
+        return 2 * super().score(tokens)
+
+
+def test_a_subclass_does_not_accumulate_unless_it_says_so() -> None:
+    assert Recall.accumulates and Accumulated.accumulates
+    assert not (Louder.accumulates or MyAccumulated.accumulates)
 
 
 NAMES = ("accumulated", "observed", "last", "key_diversity", "leverage", "largest")
@@ -885,6 +912,11 @@ NAMES = ("accumulated", "observed", "last", "key_diversity", "leverage", "larges
         (lambda: Observed(pooling=4), ["pooling", "4", "odd"]),
         (lambda: Observed(pooling=0), ["pooling", "0", "odd"]),
         (lambda: Last(pooling=2), ["pooling", "2", "odd"]),
+        (lambda: Recall(queries=0), ["queries", "0"]),
+        (lambda: Recall(strength=0), ["strength", "0", "> 0"]),
+        (lambda: Recall(youth=1.5), ["youth", "1.5", "0 to 1"]),
+        (lambda: KeyformerConfig(rule=Loud()), ["Loud()", "Asked", "'yes'"]),
+        (lambda: KeyformerConfig(rule=Hasty()), ["Hasty()", "accumulates", "Asked('sum')"]),
         (lambda: Last(pooling=-1), ["pooling", "-1", "odd"]),
         (lambda: KeyformerConfig(budgets="round"), ["'round'", "uniform", "pyramid", "adaptive"]),
         (lambda: KeyformerConfig(budgets=7), ["7"]),
@@ -962,6 +994,9 @@ def test_rules_of_ones_own_in_the_table(monkeypatch) -> None:
     of = KeyformerConfig(rule=" 0.5*needy(alpha=0.5,channel=1) + 0.5*bare ")
     assert of.rules[0] == (Needy(0.5, 1), 0.5)
     assert KeyformerConfig(rule=of.plain()["rule"]).rules[0] == of.rules[0]
+    loud = KeyformerConfig(rule="0.5*recall(strength=1e+20,youth=0.5) + 0.5*last")
+    assert loud.rules[0] == (Recall(strength=1e20, youth=0.5), 0.5)
+    assert KeyformerConfig(rule=loud.plain()["rule"]).rules == loud.rules
     for wrong, says in (
         ("needy", "needs a number for alpha"),
         ("bare(x=1)", "takes no settings"),

@@ -25,7 +25,8 @@ class Recall(Rule):
 
     The square leaves the sharp looks of a question, and next to nothing of the many faint ones of
     an instruction, for which the sum is the better guide. In a decode step attention is
-    accumulated, as in ``Accumulated``: what a prompt asked for keeps what that was worth.
+    accumulated, as in ``Accumulated``: what a prompt asked for keeps what that was worth. Of a
+    prompt in chunks each chunk's last queries are asked, and a chunk of one token is a step.
 
     Parameters
     ----------
