@@ -405,7 +405,7 @@ class Text:
         The columns are those of before; budgets stay.
         """
         make_writable(self, self._per_sequence)
-        if self.evicted:
+        if self.evicted or self.freed:
             self.freed += self.length - length
         self.seen -= self.columns.tokens_from(length).to(self.seen.device)
         self.frozen_before = self.frozen_before.minimum(self.seen)

@@ -35,8 +35,7 @@ class Recall(Rule):
     pooling
         Neighbours that are averaged over, the token itself the middle one; odd.
     strength
-        A token at which a query looks alone counts as much as one with this part of all
-        attention, once averaged; > 0.
+        What an averaged square of 1 counts for, in parts of all attention given so far; > 0.
     youth
         How far young tokens, which few queries could see, are made up for that: from 0, the sum
         as it is, to 1, the mean of those queries.

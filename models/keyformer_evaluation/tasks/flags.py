@@ -199,7 +199,8 @@ def method_flags(parser: argparse.ArgumentParser, default: str = "full") -> None
         "--rule",
         default=defaults.rule,
         help=f"what ranks tokens: {', '.join(RULES)}; or several, each with its share of the key"
-        " tokens: '0.9*accumulated + 0.1*last(pooling=5)' (default: %(default)s)",
+        " tokens: '0.9*accumulated + 0.1*last(pooling=5)'; recall has its own (default:"
+        " %(default)s)",
     )
     group.add_argument(
         "--budgets",
