@@ -69,8 +69,7 @@ def on_kernels_by_default(monkeypatch) -> list[bool]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("question", [1, 3, 9])
-@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize(("question", "chunk"), [(1, None), (3, 7), (9, None)])
 def test_kernels_wait_until_the_slots_are_filled(
     request, text, question: int, chunk: int | None
 ) -> None:
