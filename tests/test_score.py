@@ -163,7 +163,7 @@ def test_presets_are_the_rows_of_the_paper() -> None:
         "key": (100, 0, 0),
         "h2o": (100, 20, 0),
         "keyformer": (100, 20, 0),
-        "recall": (100, 10, 4),
+        "recall": (100, 20, 4),
     }
     assert presets["full"].budget(200) > 10**15
     for name in ("key", "h2o", "recall"):

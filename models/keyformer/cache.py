@@ -332,8 +332,8 @@ class KeyformerCache(Cache):
     def forget(self, tokens: int) -> None:
         """Take back the last tokens for good: what was evicted meanwhile does not come back.
 
-        For questions that are read ahead with a text, so that a rule keeps what they look at
-        (:class:`keyformer.rules.recall.Recall`), and are not part of it. The next token takes the
+        For questions that are read ahead with a text, so that a rule keeps what they look at (as
+        :class:`keyformer.rules.peak.Peak` does), and are not part of it. The next token takes the
         place of the first of them; their slots are free, and what they gave to others stays.
         Budgets that were a part of the prompt counted them. Until the slots are filled again the
         torch backend attends.

@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "key": {"recent": 0.0, "sinks": 0, **PLAIN},
     "h2o": {"sinks": 0, **PLAIN},
     "keyformer": {"sinks": 0},
-    "recall": {"rule": "recall", "recent": 10.0, "sinks": 4, **PLAIN},
+    "recall": {"rule": "recall", "sinks": 4, **PLAIN},
 }
 """What defines each method; what a row does not name is the user's to set."""
 
