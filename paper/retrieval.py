@@ -31,10 +31,11 @@ from keyformer_evaluation.tasks.retrieval import chats, load_articles, needles, 
 REAL = ROOT / "models" / "smollm2-135m"
 """What is asked where it is there; the bundled models have not learned to answer."""
 
-AHEAD = (
+QUESTIONS = (
     "What is the number? Who is it? When was it? Where was it? How many? Which one? Why?"
     " What is the name?"
 )
+"""What is asked ahead."""
 
 MAPPED = (50, 20)
 """Sizes of the cache, in percent, for which needles are drawn by length and depth."""
@@ -66,7 +67,9 @@ def more_flags(parser: flag.Parser) -> None:
     parser.add_argument("--needles", type=flag.whole(1), default=5, help="of each length and depth")
     parser.add_argument("--max_new_tokens", type=flag.whole(1), default=24, help="of an answer")
     parser.add_argument(
-        "--ahead", default=AHEAD, help="questions asked ahead; '' for none (default: %(default)s)"
+        "--ahead",
+        default=QUESTIONS,
+        help="asked ahead; '' for none (default: %(default)s)",
     )
 
 

@@ -36,20 +36,19 @@ def test_what_is_forgotten_was_read_by_the_rule_alone(text) -> None:
     stock = small("llama", **one)
     config = KeyformerConfig.preset("recall", kv_budget=12)
     model = enable_keyformer(copy.deepcopy(stock), config)
-    cache = KeyformerCache(model.config, config)
-    model(text[:, :20], past_key_values=cache)
+    cache = started(model, config, text[:, :20])
     held = cache.layers[0].positions[:, 0].clone()
     cache.forget(5)
     assert cache.get_seq_length() == 15
     positions = cache.layers[0].positions[:, 0]
     assert held.max() == 19 and torch.equal(positions, held.masked_fill(held >= 15, -1))
-    mask = torch.ones(2, 1, 18, 18).tril().bool()
+    mask = torch.ones(2, 1, 16, 16).tril().bool()
     for row in range(2):
         mask[row, :, 15:, :15] = False
         mask[row, :, 15:, positions[row, positions[row] >= 0]] = True
-    whole = torch.cat([text[:, :15], text[:, 20:23]], dim=1)
+    whole = torch.cat([text[:, :15], text[:, 20:21]], dim=1)
     hidden = torch.zeros(mask.shape).masked_fill(~mask, -1e9)
-    expected = stock(whole, attention_mask=hidden).logits[:, 15:16]
+    expected = stock(whole, attention_mask=hidden).logits[:, -1:]
     got = model(text[:, 20:21], past_key_values=cache).logits
     assert torch.allclose(got, expected, atol=1e-5)
 

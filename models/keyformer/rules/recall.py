@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from keyformer.errors import InputError
-from keyformer.rules.rule import Asked, Candidates, Rule, check_whole, is_number, pooled
+from keyformer.rules.observed import Observed
+from keyformer.rules.rule import Asked, Candidates, is_number, pooled
 
 
 @dataclass(frozen=True)
-class Recall(Rule):
+class Recall(Observed):
     """Accumulated attention, and more for what one of the last queries looked at hard.
 
     Accumulated attention knows what a text is about, and loses what is mentioned once and asked
@@ -30,10 +31,8 @@ class Recall(Rule):
 
     Parameters
     ----------
-    queries
-        The last tokens of a prompt that are asked, at least 1.
-    pooling
-        Neighbours that are averaged over, the token itself the middle one; odd.
+    queries, pooling
+        Those of ``Observed``.
     strength
         What an averaged square of 1 counts for, in parts of all attention given so far; > 0.
     youth
@@ -54,8 +53,7 @@ class Recall(Rule):
     accumulates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_whole("queries", self.queries)
-        check_whole("pooling", self.pooling, odd=True)
+        super().__post_init__()
         if not is_number(self.strength) or not 0 < self.strength < float("inf"):
             raise InputError(f"strength must be a number > 0, got {self.strength!r}")
         if not is_number(self.youth) or not 0 <= self.youth <= 1:
