@@ -131,7 +131,7 @@ class Case:
             rotates=self.rotates,
             damping=self.config.damping,
             forgetting=self.config.forgetting,
-            mean=self.config.normalize == "mean",
+            age_power={"sum": 0.0, "mean": 1.0}.get(self.config.normalize, self.config.normalize),
             frozen=self.config.key_set == "frozen",
             dilation=self.config.dilation,
             scored=self.config.recent < 100,

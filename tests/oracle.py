@@ -38,8 +38,8 @@ class Head:
     """Whether queries and keys are rotated to their places (RoPE)."""
     damping: float = 1.0
     forgetting: float = 1.0
-    mean: bool = False
-    """Whether scores are divided by the number of queries that saw the token."""
+    age_power: float = 0.0
+    """Scores are divided by this power of the number of queries that saw the token."""
     frozen: bool = False
     """Whether key tokens are chosen once, after the first prompt."""
     dilation: int = 0
@@ -126,8 +126,7 @@ class Head:
 
     def evict(self, scores: dict[Token, float], prompt_goes_on: bool = False) -> None:
         """S_w: the recent window. S_key: the best of the rest. Keep their union."""
-        if self.mean:
-            scores = {t: score / (self.seen - t.position) for t, score in scores.items()}
+        scores = {t: f / (self.seen - t.position) ** self.age_power for t, f in scores.items()}
         in_step = [p for p in range(self.seen) if p % (self.dilation + 1) == 0]
         window = range(self.seen - self.w * (self.dilation + 1), self.seen)
         recent = [t for t in self.tokens if t.position in window and t.position in in_step]

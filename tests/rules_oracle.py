@@ -117,10 +117,7 @@ class Layer:
         """
         ranks = [
             [
-                {
-                    t: t.scores[r] / (head.seen - t.position) if head.mean else t.scores[r]
-                    for t in head.tokens
-                }
+                {t: t.scores[r] / (head.seen - t.position) ** head.age_power for t in head.tokens}
                 for r in range(len(self.rules))
             ]
             for head in self.heads
@@ -321,29 +318,26 @@ def recall(
     before: list[Scores],
     queries: int = 16,
     pooling: int = 17,
-    strength: float = 1 / 64,
-    youth: float = 0.25,
+    strength: float = 1 / 48,
+    power: float = 3,
 ) -> list[Scores]:
-    """All that a token has received, more of it where fewer queries saw the token; and, after
-    more than a token, what the last queries gave it and its neighbours at once, squared, in parts
-    of what a head has given in all."""
-    scores = []
-    for told, was in zip(heads, before, strict=True):
+    """All that a token has received; and, after more than a token, what the last queries gave it
+    and its neighbours at once, to a power, in parts of what a head has given in all. Neither the
+    first token nor the last ones count as neighbours that were looked at."""
+    scores = accumulated(heads, before)
+    for told, now in zip(heads, scores, strict=True):
         new, seen = len(told.received), told.tokens[-1].position + 1
-        scores.append(now := {})
-        for t in told.tokens:
-            saw = sum(t in gives for gives in told.received)
-            now[t] = was[t] + total(told, t) * (new / saw) ** youth
         if new == 1:
             continue
         given = sum(total(told, t) for t in told.tokens) / new * seen
         most: dict[int, float] = {}
         for gives in told.received[-queries:]:
             for t, by_head in gives.items():
-                most[t.position] = max(most.get(t.position, 0.0), *by_head)
-        squares = {position: f * f for position, f in most.items()}
+                if 0 < t.position < seen - queries:
+                    most[t.position] = max(most.get(t.position, 0.0), *by_head)
+        looks = {position: f**power for position, f in most.items()}
         for t in now:
-            now[t] += strength * given * pooled(squares, t.position, pooling)
+            now[t] += strength * given * pooled(looks, t.position, pooling)
     return scores
 
 

@@ -124,10 +124,10 @@ RULES: dict[str, tuple[Any, Rule]] = {
     "last pooled": (Last(pooling=5), Rule(partial(last, pooling=5))),
     "peak": ("peak", Rule(peak)),
     "peak of two": (Peak(queries=2, pooling=3), Rule(partial(peak, queries=2, pooling=3))),
-    "recall": ("recall", Rule(recall)),
+    "recall": ("recall(queries=4)", Rule(partial(recall, queries=4))),
     "recall of two": (
-        Recall(queries=2, pooling=3, strength=0.5, youth=1),
-        Rule(partial(recall, queries=2, pooling=3, strength=0.5, youth=1)),
+        Recall(queries=2, pooling=3, strength=0.5, power=2),
+        Rule(partial(recall, queries=2, pooling=3, strength=0.5, power=2)),
     ),
     "key_diversity": ("key_diversity", Rule(key_diversity, rounding=1e-5)),
     "leverage": ("leverage", Rule(leverage, rounding=2e-3)),
@@ -224,7 +224,7 @@ def problems(draw, most_rules: int = 3, most_prompts: int = 2, least_prompt: int
         "noise": draw(st.sampled_from(["none", "none", "constant", "gumbel"])),
         "damping": draw(st.sampled_from([1.0, 1.0, 0.6])),
         "forgetting": draw(st.sampled_from([1.0, 1.0, 0.8])),
-        "normalize": draw(st.sampled_from(["sum", "sum", "mean"])),
+        "normalize": draw(st.sampled_from(["sum", "sum", "mean", 0.25])),
         "key_set": draw(st.sampled_from(["dynamic", "dynamic", "frozen"])),
         "dilation": draw(st.sampled_from([0, 0, 0, 1, 3])),
         "seed": 11,
@@ -339,7 +339,7 @@ def test_rules_as_a_user_would_write_them(rule: str) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"normalize": "mean"}, {"key_set": "frozen"}, {"dilation": 1}, {"kv_budget": 40}],
+    [{"normalize": "mean"}, {"normalize": 0.5}, {"key_set": "frozen"}, {"dilation": 1}, {"kv_budget": 40}],
     ids=str,
 )
 def test_shares_of_adaptive_budgets(setting: dict[str, Any]) -> None:
@@ -852,7 +852,7 @@ def test_defaults() -> None:
         ("key_diversity", KeyDiversity()),
         ("leverage", Leverage()),
         ("largest", Largest()),
-        ("recall", Recall(queries=16, pooling=17, strength=1 / 64, youth=0.25)),
+        ("recall", Recall(queries=16, pooling=17, strength=1 / 48, power=3)),
     ],
 )
 def test_names_are_instances(named: str, instance: Any) -> None:
@@ -914,7 +914,7 @@ NAMES = ("accumulated", "observed", "last", "key_diversity", "leverage", "larges
         (lambda: Last(pooling=2), ["pooling", "2", "odd"]),
         (lambda: Recall(queries=0), ["queries", "0"]),
         (lambda: Recall(strength=0), ["strength", "0", "> 0"]),
-        (lambda: Recall(youth=1.5), ["youth", "1.5", "0 to 1"]),
+        (lambda: Recall(power=0), ["power", "0", "> 0"]),
         (lambda: KeyformerConfig(rule=Loud()), ["Loud()", "Asked", "'yes'"]),
         (lambda: KeyformerConfig(rule=Hasty()), ["Hasty()", "accumulates", "Asked('sum')"]),
         (lambda: Last(pooling=-1), ["pooling", "-1", "odd"]),
@@ -994,8 +994,8 @@ def test_rules_of_ones_own_in_the_table(monkeypatch) -> None:
     of = KeyformerConfig(rule=" 0.5*needy(alpha=0.5,channel=1) + 0.5*bare ")
     assert of.rules[0] == (Needy(0.5, 1), 0.5)
     assert KeyformerConfig(rule=of.plain()["rule"]).rules[0] == of.rules[0]
-    loud = KeyformerConfig(rule="0.5*recall(strength=1e+20,youth=0.5) + 0.5*last")
-    assert loud.rules[0] == (Recall(strength=1e20, youth=0.5), 0.5)
+    loud = KeyformerConfig(rule="0.5*recall(strength=1e+20,power=0.5) + 0.5*last")
+    assert loud.rules[0] == (Recall(strength=1e20, power=0.5), 0.5)
     assert KeyformerConfig(rule=loud.plain()["rule"]).rules == loud.rules
     for wrong, says in (
         ("needy", "needs a number for alpha"),

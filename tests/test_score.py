@@ -132,7 +132,7 @@ def test_temperature_is_equation_10(tau_init, tau_end, length, step) -> None:
         ("noise", "uniform"),
         ("noise_schedule", "twice"),
         ("score", "per_head"),
-        ("normalize", "max"),
+        *(("normalize", v) for v in ("max", -0.1, 1.1, math.nan, True, [0.5])),
         ("key_set", "thawed"),
         ("positions", "old"),
         ("dilation", -1),
@@ -163,7 +163,7 @@ def test_presets_are_the_rows_of_the_paper() -> None:
         "key": (100, 0, 0),
         "h2o": (100, 20, 0),
         "keyformer": (100, 20, 0),
-        "recall": (100, 20, 4),
+        "recall": (100, 20, 0),
     }
     assert presets["full"].budget(200) > 10**15
     for name in ("key", "h2o", "recall"):
@@ -172,6 +172,7 @@ def test_presets_are_the_rows_of_the_paper() -> None:
             1,
             1,
         )
+    assert [presets[name].power_of_age for name in ("h2o", "recall")] == [0, 0.25]
     assert presets["keyformer"] == KeyformerConfig(**given)
     assert presets["dilated_window"].dilation == 1
     with pytest.raises(InputError, match="snapkv"):

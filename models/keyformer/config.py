@@ -20,7 +20,7 @@ UNLIMITED = sys.maxsize
 NOISES = ("gumbel", "gaussian", "constant", "none")
 NOISE_SCHEDULES = ("fresh", "once")
 SCORES = ("per_layer", "shared")
-NORMALIZATIONS = ("sum", "mean")
+NORMALIZATIONS = {"sum": 0.0, "mean": 1.0}
 KEY_SETS = ("dynamic", "frozen")
 POSITIONS = ("original", "new")
 CACHE_DTYPES = ("auto", "float8", "int8", "int4")
@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "key": {"recent": 0.0, "sinks": 0, **PLAIN},
     "h2o": {"sinks": 0, **PLAIN},
     "keyformer": {"sinks": 0},
-    "recall": {"rule": "recall", "sinks": 4, **PLAIN},
+    "recall": {"rule": "recall", "recent": 20.0, "sinks": 0, "normalize": 0.25, **PLAIN},
 }
 """What defines each method; what a row does not name is the user's to set."""
 
@@ -74,8 +74,8 @@ class KeyformerConfig:
     forgetting
         Factor in (0, 1] of all scores for each query that comes after (arXiv 2407.20485).
     normalize
-        What ranks tokens: "sum", the accumulated score, or "mean", the score divided by the
-        number of queries that could see the token.
+        What ranks tokens: the score divided by a power in [0, 1] of the number of queries that
+        could see the token. "sum" is the power 0, "mean" the power 1.
     key_set
         "dynamic": tokens outside the recent window compete at every step; "frozen": those
         that win after the first prompt stay for good, and only the window moves on (what the
@@ -128,7 +128,7 @@ class KeyformerConfig:
     score: str = "per_layer"
     damping: float = 1.0
     forgetting: float = 1.0
-    normalize: str = "sum"
+    normalize: str | float = "sum"
     key_set: str = "dynamic"
     dilation: int = 0
     positions: str = "original"
@@ -175,7 +175,8 @@ class KeyformerConfig:
         choice("noise", NOISES)
         choice("noise_schedule", NOISE_SCHEDULES)
         choice("score", SCORES)
-        choice("normalize", NORMALIZATIONS)
+        if self.normalize not in tuple(NORMALIZATIONS):
+            number("normalize", lambda v: 0 <= v <= 1, "sum, mean or a power in [0, 1]")
         choice("key_set", KEY_SETS)
         choice("positions", POSITIONS)
         choice("cache_dtype", CACHE_DTYPES)
@@ -240,6 +241,12 @@ class KeyformerConfig:
     def needs_scores(self) -> bool:
         """Whether any slot is won by score; recent = 100 leaves none to win."""
         return self.recent < 100
+
+    @property
+    def power_of_age(self) -> float:
+        """Of the number of queries that could see a token; by that its score is divided."""
+        named = self.normalize
+        return NORMALIZATIONS[named] if isinstance(named, str) else named
 
     @cached_property
     def rules(self) -> Shares:

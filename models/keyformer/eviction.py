@@ -111,8 +111,9 @@ class Eviction:
 
     def _by_score(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Ranks of real tokens: scores in their order, of two equals the older above, int64."""
-        if self.config.normalize == "mean":
-            scores = scores / (self.text.seen[:, None, None] - positions)
+        if self.config.power_of_age:
+            age = self.text.seen[:, None, None] - positions
+            scores = scores / age.float() ** self.config.power_of_age
         # The bits of floats sort as integers do, those of negative ones the other way round.
         bits = (scores + 0.0).contiguous().view(torch.int32)
         bits = bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)

@@ -271,7 +271,7 @@ def step(
         NOISE=scorer.noise_drawn if scorer is not None else "none",
         ONCE=config.noise_schedule == "once",
         EVICTS=evicts,
-        MEAN=config.normalize == "mean",
+        POWER=config.power_of_age,
         FROZEN=config.key_set == "frozen",
         STRIDE=config.dilation + 1,
         SINKS=config.sinks,

@@ -205,11 +205,11 @@ def _join(
 
 @triton.jit
 def _rank(
-    score, position, seen, window_start, safe_before, MEAN: tl.constexpr, STRIDE: tl.constexpr
+    score, position, seen, window_start, safe_before, POWER: tl.constexpr, STRIDE: tl.constexpr
 ):
     """:meth:`keyformer.eviction.Eviction.ranks` for real tokens: the lowest leaves."""
-    if MEAN:
-        score = score / (seen - position).to(tl.float32)
+    if POWER != 0:
+        score = score / tl.exp2(POWER * tl.log2((seen - position).to(tl.float32)))
     rank = (score.to(tl.int32, bitcast=True).to(tl.int64) << 31) + (0x7FFFFFFF - position)
     recent = position >= window_start
     if STRIDE > 1:
@@ -299,7 +299,7 @@ def _settle(
     SCORED: tl.constexpr,
     NOISE: tl.constexpr,
     EVICTS: tl.constexpr,
-    MEAN: tl.constexpr,
+    POWER: tl.constexpr,
     FROZEN: tl.constexpr,
     STRIDE: tl.constexpr,
     SINKS: tl.constexpr,
@@ -364,9 +364,9 @@ def _settle(
         if FROZEN:
             safe_before = tl.maximum(safe_before, frozen_before)
         window_start = seen - STRIDE * window
-        rank = _rank(score, position, seen, window_start, safe_before, MEAN, STRIDE)
+        rank = _rank(score, position, seen, window_start, safe_before, POWER, STRIDE)
         rank = tl.where(filled, rank, STAYS)
-        new_rank = _rank(new_score, new_position, seen, window_start, safe_before, MEAN, STRIDE)
+        new_rank = _rank(new_score, new_position, seen, window_start, safe_before, POWER, STRIDE)
         leaving = tl.min(rank, axis=0)
         loser = tl.min(tl.where(rank == leaving, slot, slots), axis=0)
         is_last = True
@@ -464,7 +464,7 @@ def step(
     NOISE: tl.constexpr,
     ONCE: tl.constexpr,
     EVICTS: tl.constexpr,
-    MEAN: tl.constexpr,
+    POWER: tl.constexpr,
     FROZEN: tl.constexpr,
     STRIDE: tl.constexpr,
     SINKS: tl.constexpr,
@@ -662,7 +662,7 @@ def step(
                 SCORED,
                 NOISE,
                 EVICTS,
-                MEAN,
+                POWER,
                 FROZEN,
                 STRIDE,
                 SINKS,

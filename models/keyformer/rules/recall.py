@@ -19,25 +19,25 @@ class Recall(Observed):
 
     Accumulated attention knows what a text is about, and loses what is mentioned once and asked
     for at the end: one query of a thousand looks at it. So the largest attention from the last
-    queries, squared and averaged over neighbours in the text, is added to it. After a prompt
+    queries, to the third power and averaged over neighbours in the text, is added to it:
 
-        score = accumulated * (queries / those that saw the token) ** youth
-              + strength * (all attention given so far) * pooled(largest ** 2)
+        score = accumulated + strength * (all attention given so far) * pooled(largest ** power)
 
-    The square leaves the sharp looks of a question, and next to nothing of the many faint ones of
-    an instruction, for which the sum is the better guide. In a decode step attention is
-    accumulated, as in ``Accumulated``: what a prompt asked for keeps what that was worth. Of a
-    prompt in chunks each chunk's last queries are asked, and a chunk of one token is a step.
+    The power leaves the sharp looks of a question, and next to nothing of the many faint ones of
+    an instruction, for which the sum is the better guide. Looks at the first token, where
+    attention goes that is not needed, and at the last queries themselves do not count: they say
+    nothing about their neighbours. In a decode step attention is accumulated, as in
+    ``Accumulated``: what a prompt asked for keeps what that was worth. Of a prompt in chunks each
+    chunk's last queries are asked, and a chunk of one token is a step.
 
     Parameters
     ----------
     queries, pooling
         Those of ``Observed``.
     strength
-        What an averaged square of 1 counts for, in parts of all attention given so far; > 0.
-    youth
-        How far young tokens, which few queries could see, are made up for that: from 0, the sum
-        as it is, to 1, the mean of those queries.
+        What an average of 1 counts for, in parts of all attention given so far; > 0.
+    power
+        Of the largest attention; > 0.
 
     Raises
     ------
@@ -47,17 +47,17 @@ class Recall(Observed):
 
     queries: int = 16
     pooling: int = 17
-    strength: float = 1 / 64
-    youth: float = 0.25
+    strength: float = 1 / 48
+    power: float = 3
 
     accumulates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.strength) or not 0 < self.strength < float("inf"):
-            raise InputError(f"strength must be a number > 0, got {self.strength!r}")
-        if not is_number(self.youth) or not 0 <= self.youth <= 1:
-            raise InputError(f"youth must be a number from 0 to 1, got {self.youth!r}")
+        for name in ("strength", "power"):
+            value = getattr(self, name)
+            if not is_number(value) or not 0 < value < float("inf"):
+                raise InputError(f"{name} must be a number > 0, got {value!r}")
 
     @property
     def asks(self) -> tuple[Asked, ...]:  # type: ignore[override]
@@ -70,8 +70,9 @@ class Recall(Observed):
         given, largest = tokens.received
         seen = tokens.seen[:, None, None]
         queries = tokens.queries[:, None, None].clamp(min=1)  # of none nothing is given
-        saw_it = queries.minimum(seen - tokens.positions)
         all_given = given.sum(dim=-1, keepdim=True) * (seen / queries)
-        looked_for = tokens.at(pooled(tokens.by_position(largest.square()), self.pooling))
+        counts = (tokens.positions > 0) & (tokens.positions < seen - self.queries)
+        looks = torch.where(counts, largest**self.power, 0.0)
+        looked_for = tokens.at(pooled(tokens.by_position(looks), self.pooling))
         asked = torch.where(queries > 1, self.strength * all_given * looked_for, 0.0)
-        return tokens.before + given * (queries / saw_it) ** self.youth + asked
+        return tokens.before + given + asked

@@ -167,10 +167,14 @@ class Likelihood(OnItems):
     """bits: of a token, on average, in the second half of a document.
 
     The first half, after what the task's prompt has before it, is the prompt and is evicted
-    to the budget; the second is fed token by token, each evicting another.
+    to the budget; the second is fed token by token, each evicting another. What is beyond the
+    positions that the model was trained with is cut off.
     """
 
     depends_on = (*OnItems.depends_on, "max_new_tokens")
+    metric: ClassVar[str] = "bits"
+    unit: ClassVar[float] = math.log(2)
+    """Nats in one of the metric's."""
 
     @property
     def calls(self) -> float:
@@ -182,20 +186,49 @@ class Likelihood(OnItems):
     ) -> list[Result]:
         """Predict."""
         model, tokenizer = self.load(device)
-        halves = [self._halves(self.items[item], tokenizer) for item in items]
+        room = trained_room(model, self.max_new_tokens)
+        parted = [self._parted(self.items[item], tokenizer, room) for item in items]
         ids = [noise_id(self.items[item]) for item in items]
-        read_first = [[Part(first)] for first, _ in halves]
+        read_first = [[Part(first)] for first, _ in parted]
         cache, logits = read(model, read_first, config, ids, self.max_new_tokens)
-        judged = judge(model, cache, logits, [second for _, second in halves])
-        return [{"bits": round(float(lost.mean()) / math.log(2), 5)} for lost, _ in judged]
+        judged = judge(model, cache, logits, [second for _, second in parted])
+        return [{self.metric: round(float(lost.mean()) / self.unit, 5)} for lost, _ in judged]
 
-    def _halves(self, item: Item, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
+    def _parted(
+        self, item: Item, tokenizer: PreTrainedTokenizerBase, room: int | None
+    ) -> tuple[Tokens, Tokens]:
+        """What is read and what is predicted; ``room`` is that of a prompt."""
         task = TASKS[self.task]
         before, document, _ = task.prompt(item).partition(item[task.document])
         opening = tokenizer(before, verbose=False)["input_ids"] if before else []
         tokens = tokenizer(document, verbose=False, add_special_tokens=not before)["input_ids"]
-        middle = len(tokens) // 2
-        return opening + tokens[:middle], tokens[middle:]
+        if room is not None:
+            tokens = tokens[: room + self.max_new_tokens - len(opening)]
+        first = len(tokens) - self._predicted(len(tokens))
+        return opening + tokens[:first], tokens[first:]
+
+    def _predicted(self, tokens: int) -> int:
+        """How many of a document's tokens, the last."""
+        return tokens - tokens // 2
+
+
+@dataclass(frozen=True)
+class Continued(Likelihood):
+    """nll: of a token that a document goes on with after what of it was read, in nats.
+
+    As :class:`Likelihood`, for the last ``max_new_tokens``, or a half if that is fewer.
+    """
+
+    metric = "nll"
+    unit = 1.0
+
+    @property
+    def calls(self) -> float:
+        """One a token."""
+        return self.max_new_tokens
+
+    def _predicted(self, tokens: int) -> int:
+        return min(self.max_new_tokens, super()._predicted(tokens))
 
 
 @dataclass(frozen=True)
@@ -265,8 +298,13 @@ class Agreement(OnItems):
         return [known[asked[item]] for item in items]
 
 
-SUMMARIES: dict[str, Any] = {"rouge": Rouge, "reference": Reference, "agreement": Agreement}
-"""How summaries are measured."""
+SUMMARIES: dict[str, Any] = {
+    "rouge": Rouge,
+    "reference": Reference,
+    "agreement": Agreement,
+    "continued": Continued,
+}
+"""What of a document and its summary is measured."""
 
 
 @dataclass(frozen=True)
