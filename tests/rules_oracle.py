@@ -318,7 +318,7 @@ def recall(
     before: list[Scores],
     queries: int = 16,
     pooling: int = 17,
-    strength: float = 1 / 48,
+    strength: float = 1 / 32,
     power: float = 3,
 ) -> list[Scores]:
     """All that a token has received; and, after more than a token, what the last queries gave it

@@ -852,7 +852,7 @@ def test_defaults() -> None:
         ("key_diversity", KeyDiversity()),
         ("leverage", Leverage()),
         ("largest", Largest()),
-        ("recall", Recall(queries=16, pooling=17, strength=1 / 48, power=3)),
+        ("recall", Recall(queries=16, pooling=17, strength=1 / 32, power=3)),
     ],
 )
 def test_names_are_instances(named: str, instance: Any) -> None:

@@ -47,7 +47,7 @@ class Recall(Observed):
 
     queries: int = 16
     pooling: int = 17
-    strength: float = 1 / 48
+    strength: float = 1 / 32
     power: float = 3
 
     accumulates: ClassVar[bool] = True

@@ -37,6 +37,7 @@ COLORS = {
     "key": "#e377c2",
     "h2o": "#1f77b4",
     "keyformer": "#d62728",
+    "recall": "#2ca02c",
 }
 """Of each method, in every figure."""
 
