@@ -22,7 +22,13 @@ from originals import write_original
 
 from keyformer import InputError, KeyformerCache, KeyformerConfig, load_model
 from keyformer_evaluation.records.identity import weights_hash
-from keyformer_evaluation.studies.measures import Attention, Likelihood, Rouge, Softmax
+from keyformer_evaluation.studies.measures import (
+    Attention,
+    Continued,
+    Likelihood,
+    Rouge,
+    Softmax,
+)
 from keyformer_evaluation.studies.study import BUNDLED, BUNDLED_MODELS, Study
 from keyformer_evaluation.studies.sweep import Cell, Request, Row, Run, Steps, carry_out, summarize
 from keyformer_evaluation.studies.tables import alike, difference
@@ -247,26 +253,83 @@ def test_difference_is_paired() -> None:
     assert (mean, low, high) == pytest.approx((0.5, 0.5, 0.5))
 
 
-def test_likelihood_of_a_full_cache_is_that_of_the_whole_text(model_path) -> None:
-    """Token by token through slots, in a padded batch: as one forward pass over each text."""
+@pytest.mark.parametrize(
+    ("kind", "metric", "unit"), [(Likelihood, "bits", math.log(2)), (Continued, "nll", 1)]
+)
+def test_likelihood_of_a_full_cache_is_that_of_the_whole_text(
+    model_path, kind, metric, unit
+) -> None:
+    """Token by token through slots, in a padded batch: as one forward pass over each text; of a
+    text's second half, or of its last 20 tokens."""
     items = [
         {"instruction": "Sum up.", "input": "key tokens stay. " * n, "output": ""}
         for n in (3, 5, 9)
     ]
-    measure = Likelihood(str(model_path), "float32", "summarization", items, 3, 1, 1)
+    measure = kind(str(model_path), "float32", "summarization", items, 3, 1, 20)
     found = measure(KeyformerConfig.preset("full"), torch.device("cpu"), range(3))
-    bits = [of["bits"] for of in found]
+    means = [of[metric] for of in found]
     stock, tokenizer = load_model(model_path, dtype="float32", device="cpu")
-    for item, found in zip(items, bits, strict=True):
+    lengths = []
+    for item, found in zip(items, means, strict=True):
         before = TASKS["summarization"].prompt(item).partition(item["input"])[0]
         opening = tokenizer(before)["input_ids"]
         document = tokenizer(item["input"])["input_ids"]
-        second = len(document) - len(document) // 2
+        half = len(document) - len(document) // 2
+        second = half if kind is Likelihood else min(20, half)
+        lengths.append(second)
         ids = torch.tensor([opening + document])
         with torch.no_grad():
             logits = stock(ids, use_cache=False).logits[0, :-1]
         lost = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
-        assert found == pytest.approx(float(lost[-second:].mean()) / math.log(2), abs=1e-4)
+        assert found == pytest.approx(float(lost[-second:].mean()) / unit, abs=1e-4)
+    assert lengths[0] < 20 and (lengths[-1] == 20) == (kind is Continued)
+
+
+def test_documents_end_where_the_positions_do(tmp_path) -> None:
+    """What a model was trained with is all that is read and predicted."""
+    path = write_original(tmp_path / "model", "cerebras", "bin")
+    text = {"instruction": "Sum up.", "input": "key tokens stay. " * 99, "output": ""}
+    measure = Continued(str(path), "float32", "summarization", [text], 1, 1, 12)
+    model, _ = measure.load(torch.device("cpu"))
+    read = []
+    model.register_forward_hook(lambda *call: read.append(call[2].logits.shape), always_call=True)
+    measure(KeyformerConfig.preset("full"), torch.device("cpu"), [0])
+    assert len(read) == 12
+
+
+def test_the_frontier_is_drawn_from_the_tables(tmp_path, capsys) -> None:
+    """Of the methods and sizes that both have; what is missing is named, and nothing written."""
+    frontier = script("paper", "frontier")
+    (tmp_path / "news").mkdir()
+
+    def table(name: str, task: str, metric: str, rows: dict[tuple[str, str], float]) -> None:
+        ends = ("", "_low", "_high")
+        lines = [",".join(["task", "method", "kv_cache", *(metric + end for end in ends)])]
+        lines += [f"{task},{of},{at},{v},{v - 1},{v + 2}" for (of, at), v in rows.items()]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+
+    with pytest.raises(InputError, match=r"no summaries\.csv"):
+        frontier.main([str(tmp_path)])
+    found = {("full", ""): 90, ("h2o", "50"): 20, ("h2o", "20"): 10, ("recall", "50"): 80}
+    table("retrieval.csv", "needle", "answered", found)
+    lost = {("full", ""): 0, ("h2o", "50"): 0.5, ("h2o", "20"): 1.5, ("window", "50"): 3}
+    table("news/summaries.csv", "reference", "nll_minus_full", lost)
+    with pytest.raises(InputError, match=r"--datasets must be of news, .* got xsum"):
+        frontier.main([str(tmp_path), "--datasets", "xsum"])
+    assert not list(tmp_path.glob("frontier.*"))
+    tables = [frontier.read(tmp_path / name) for name in ("retrieval.csv", "news/summaries.csv")]
+    assert frontier.points(*tables, "reference", "50") == {
+        "full": ((90, 89, 92), (0, -1, 2)),
+        "h2o": ((20, 19, 22), (0.5, -0.5, 2.5)),
+    }
+    frontier.main([str(tmp_path)])
+    picture = (tmp_path / "frontier.svg").read_text()
+    assert all(text in picture for text in ("50 % of the cache", "news, summaries", "h2o"))
+    assert "recall" not in picture
+    assert "frontier.{png,svg,json}" in capsys.readouterr().out
+    (tmp_path / "news" / "summaries.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match=r"cannot read results from .*summaries\.csv"):
+        frontier.main([str(tmp_path)])
 
 
 def test_sparsity_and_mass_of_attention(model_path) -> None:

@@ -339,7 +339,13 @@ def test_rules_as_a_user_would_write_them(rule: str) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"normalize": "mean"}, {"normalize": 0.5}, {"key_set": "frozen"}, {"dilation": 1}, {"kv_budget": 40}],
+    [
+        {"normalize": "mean"},
+        {"normalize": 0.5},
+        {"key_set": "frozen"},
+        {"dilation": 1},
+        {"kv_budget": 40},
+    ],
     ids=str,
 )
 def test_shares_of_adaptive_budgets(setting: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 from keyformer_evaluation.studies.study import Results
 from keyformer_evaluation.studies.sweep import Row
@@ -46,6 +47,12 @@ PALETTE = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#1
 
 LEAST_SPAN = (5.0, 0.1)
 """Of a grid's colours, in percent and of losses, so that small differences look small."""
+
+
+def colors_of(methods: Iterable[str]) -> dict[str, str]:
+    """Of each method its own, of what is none one of those left, in their order."""
+    left = itertools.cycle(color for color in PALETTE if color not in COLORS.values())
+    return {method: COLORS.get(method) or next(left) for method in dict.fromkeys(methods)}
 
 
 def panels(
@@ -143,10 +150,9 @@ def method_curves(results: Results, x: str, xlabel: str, title: str) -> Figure:
     for ax, (full, *rows) in zip(axes, results.values(), strict=True):
         metric = _metric(full)
         draw_level(ax, full, metric)
-        others = iter(PALETTE[2:])
-        for method in dict.fromkeys(row.labels["method"] for row in rows):
+        for method, color in colors_of(row.labels["method"] for row in rows).items():
             of_method = [row for row in rows if row.labels["method"] == method]
-            draw_line(ax, of_method, x, method, COLORS.get(method) or next(others), metric)
+            draw_line(ax, of_method, x, method, color, metric)
         ax.set_xlabel(xlabel)
         ax.set_xticks(list(dict.fromkeys(row.labels[x] for row in rows)))
         ax.set_ylabel(NAMES[metric])
