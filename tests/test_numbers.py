@@ -29,12 +29,12 @@ def tables(document: str) -> list[tuple[str, str, list[list[str]], list[dict[str
 
 def recorded(source: list[str], method: str, size: str) -> float:
     """What the one row of a CSV has, in which full attention has no size."""
-    name, task, metric = source
+    name, *task, metric = source
     with (RESULTS / name).open(newline="") as file:
         (row,) = (
             row
             for row in csv.DictReader(file)
-            if (row["task"], row["method"]) == (task, method)
+            if (row["task"], row["method"]) == (" ".join(task), method)
             and row["kv_cache"] == ("" if method == "full" else size)
         )
     return float(row[metric])
