@@ -75,7 +75,8 @@ def test_score_is_equation_9_summed_over_queries(tau: float, schedule: str) -> N
     places = torch.arange(8)
     queries, keys = places[None, 5:8], places[None, None].expand(1, 2, 8)
     config = KeyformerConfig(noise_schedule=schedule, forgetting=0.75)
-    (got,) = Scorer(config, 11, 4, tau, 0.5)(logits, queries, keys, torch.tensor([9]))
+    plain = logits.softmax(dim=-1)
+    (got,) = Scorer(config, 11, 4, tau, 0.5)(logits, plain, queries, keys, torch.tensor([9]))
     drawn_at = queries if schedule == "fresh" else 0 * queries
     zeta = noise("gumbel", 11, 4, 2, drawn_at, keys)
     for head in range(2):
@@ -95,8 +96,9 @@ def test_padding_gives_no_score() -> None:
     queries, keys = torch.tensor([[-1, -1, 4, 5]]), torch.arange(6)[None, None]
     last = torch.tensor([5])
     scorer = Scorer(KeyformerConfig(forgetting=0.5), 0, 0, 1.0)
-    (real,) = scorer(logits[..., 2:, :], queries[:, 2:], keys, last)
-    (padded,) = scorer(logits, queries, keys, last)
+    plain = logits.softmax(dim=-1)
+    (real,) = scorer(logits[..., 2:, :], plain[..., 2:, :], queries[:, 2:], keys, last)
+    (padded,) = scorer(logits, plain, queries, keys, last)
     assert torch.allclose(padded, real)
 
 
@@ -105,7 +107,9 @@ def test_a_constant_changes_no_score() -> None:
     logits, places = torch.randn(1, 2, 1, 3, 8), torch.arange(8)
     keys = places[None, None].expand(1, 2, 8)
     (with_constant,), (without,) = (
-        Scorer(KeyformerConfig(noise=kind), 0, 0, 1.5)(logits, places[None, 5:8], keys, places[7:])
+        Scorer(KeyformerConfig(noise=kind), 0, 0, 1.5)(
+            logits, logits.softmax(dim=-1), places[None, 5:8], keys, places[7:]
+        )
         for kind in ("constant", "none")
     )
     assert torch.allclose(with_constant, without, atol=1e-6)

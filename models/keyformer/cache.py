@@ -158,9 +158,10 @@ class KeyformerCache(Cache):
         scorer = self._scorer(layer, layer_idx)
         of_layer = AttentionSpec(window=layer.window, **spec)
         output_weights |= self.observer is not None
-        fused = not output_weights and layer.steps_on_kernels(query, of_layer)
-        if fused:
-            output = layer.step(query, new, of_layer, scorer, self.tau.to(layer.device))
+        backend = None if output_weights else layer.stepping(query, of_layer)
+        if backend is not None:
+            tau = self.tau.to(layer.device)
+            output = layer.step(query, new, of_layer, scorer, tau, backend)
             attended = Attended(output, new.positions, (), None)
         else:
             attended = layer.attend(query, new, of_layer, scorer, output_weights)
@@ -171,7 +172,7 @@ class KeyformerCache(Cache):
                 shared = sum(one.all_scores.to(layer.device) for one in evicting)
                 for one in evicting:
                     one.admit(shared.to(one.device))
-        elif not fused:
+        elif backend is None:
             layer.admit(layer.all_scores)
         if self.observer is not None:
             self.observer(layer_idx, new.positions[:, 0], attended)

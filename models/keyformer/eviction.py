@@ -111,13 +111,33 @@ class Eviction:
 
     def _by_score(self, scores: Tensor, positions: Tensor) -> Tensor:
         """Ranks of real tokens: scores in their order, of two equals the older above, int64."""
-        if self.config.power_of_age:
-            age = self.text.seen[:, None, None] - positions
-            scores = scores / age.float() ** self.config.power_of_age
+        scores = self._weighed(scores, positions)
         # The bits of floats sort as integers do, those of negative ones the other way round.
         bits = (scores + 0.0).contiguous().view(torch.int32)
         bits = bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)
         return (bits.to(torch.int64) << 31) + (torch.iinfo(torch.int32).max - positions)
+
+    def _weighed(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """Scores as they are compared: less for tokens that more queries could see."""
+        if not self.config.power_of_age:
+            return scores
+        age = self.text.seen[:, None, None] - positions
+        return scores / age.float() ** self.config.power_of_age
+
+    def loser(self, positions: Tensor, scores: Tensor) -> Tensor:
+        """Who leaves if it has to be one of these, by the order of :meth:`ranks`.
+
+        For tokens none of which is hidden or out of the model's window, under a single rule.
+
+        Returns
+        -------
+        Tensor
+            (batch, kv_heads, 1) int64: its number.
+        """
+        stays = self.safe(positions) | (positions < 0)
+        weighed = self._weighed(scores, positions).masked_fill(stays, torch.inf)
+        lowest = weighed.amin(dim=-1, keepdim=True)
+        return positions.masked_fill(weighed > lowest, EMPTY).argmax(dim=-1, keepdim=True)
 
     def shared_out(self, positions: Tensor, scores: Tensor, depth: tuple[int, int]) -> Tensor:
         """The slots of each head after the first prompt, (batch, kv_heads) int64: its policy's.

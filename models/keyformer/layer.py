@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -157,6 +158,7 @@ class KeyformerLayer(Slots, CacheLayerMixin):
             scorer,
             span=self.text.on(self.device).span,
             output_weights=output_weights,
+            unbroken=not self.text.columns.padded and not self.text.columns.hides,
             mask=self._odd_mask(prompt=True),
             cache=self._odd_slots,
         )
@@ -211,8 +213,9 @@ class KeyformerLayer(Slots, CacheLayerMixin):
         spec: AttentionSpec,
         scorer: Scorer | None,
         tau: Tensor,
+        backend: ModuleType,
     ) -> Tensor:
-        """:meth:`attend` and :meth:`admit` of one new token a sequence, by the decode kernels.
+        """:meth:`attend` and :meth:`admit` of one new token a sequence, at once.
 
         Nothing waits for the device and nothing is allocated that outlives the step, so it can
         be captured and replayed. Shared scores decide later, in :meth:`admit`.
@@ -221,29 +224,31 @@ class KeyformerLayer(Slots, CacheLayerMixin):
         ----------
         tau
             () float32: the temperature, in place of the scorer's.
+        backend
+            What :meth:`stepping` gave.
 
         Returns
         -------
         Tensor
             The heads' output, (batch, heads, 1, head_dim).
         """
-        from keyformer.backends import triton
-
         self.grow(self._wanted())
-        query, slots, read, new = self._read(query, new, spec, as_stored=True)
+        as_stored = backend is not backends.torch
+        query, slots, read, new = self._read(query, new, spec, as_stored)
         evicts = self.config.score == "per_layer"
-        output, new_scores = triton.step(
+        output, new_scores = backend.step(
             self, query, slots, read, new, spec, scorer, tau, evicts=evicts
         )
         if not evicts:
             self._arrivals = new, new_scores, False
         return output
 
-    def steps_on_kernels(self, query: Tensor, spec: AttentionSpec) -> bool:
-        """Whether :meth:`step` can stand for :meth:`attend` and :meth:`admit`."""
-        return self.text.step > 0 and backends.steps(
-            self.config, query, spec, mask=self._odd_mask(prompt=False), cache=self._odd_slots
-        )
+    def stepping(self, query: Tensor, spec: AttentionSpec) -> ModuleType | None:
+        """The backend whose :meth:`step` can stand for :meth:`attend` and :meth:`admit`."""
+        if not self.text.step:
+            return None
+        odd = {"mask": self._odd_mask(prompt=False), "cache": self._odd_slots}
+        return backends.stepping(self.config, query, spec, **odd)
 
     @property
     def _odd_slots(self) -> str | None:

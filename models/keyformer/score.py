@@ -72,6 +72,22 @@ def noise(
         return torch.zeros((), device=device)
     if kind == "constant":
         return torch.full((), GUMBEL_MEAN, device=device)
+    drawn = uniform(seed, layer, heads, query_positions, key_positions, sequences)
+    if kind == "gumbel":
+        return drawn.log_().neg_().log_().neg_()
+    return GUMBEL_MEAN + GUMBEL_STD * torch.special.ndtri(drawn)
+
+
+def uniform(
+    seed: int,
+    layer: int,
+    heads: int,
+    query_positions: Tensor,
+    key_positions: Tensor,
+    sequences: Tensor | None = None,
+) -> Tensor:
+    """What :func:`noise` makes its numbers of: in (0, 1), of the same shape."""
+    device = query_positions.device
     batch, kv_heads, _ = key_positions.shape
     row = torch.tensor(first_row(seed, layer), dtype=torch.int32, device=device)
     if sequences is None:
@@ -85,11 +101,8 @@ def noise(
         row = _mix(row ^ counter.to(torch.int32) * _GOLDEN)
     column = key_positions.to(torch.int32) * _GOLDEN
     column = column.repeat_interleave(heads // kv_heads, dim=1)[:, :, None, :]
-    bits = (_mix(row + column) >> 9) & 0x7FFFFF
-    uniform = (bits + 0.5) * 2.0**-23  # in (0, 1), both ends excluded, exact in float32
-    if kind == "gumbel":
-        return -torch.log(-torch.log(uniform))
-    return GUMBEL_MEAN + GUMBEL_STD * torch.special.ndtri(uniform)
+    bits = _mix(row + column).bitwise_right_shift_(9).bitwise_and_(0x7FFFFF)
+    return bits.float().add_(0.5).mul_(2.0**-23)  # both ends excluded, exact in float32
 
 
 @lru_cache(maxsize=1024)
@@ -108,8 +121,8 @@ def _signed32(value: int) -> int:
 def _mix(bits: Tensor) -> Tensor:
     """A bijection of 32-bit integers in which every input bit flips every output bit."""
     for shift, mask, factor in ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, -2073254261)):
-        bits = (bits ^ ((bits >> shift) & mask)) * factor
-    return bits ^ ((bits >> 16) & 0xFFFF)
+        bits = (bits >> shift).bitwise_and_(mask).bitwise_xor_(bits).mul_(factor)
+    return (bits >> 16).bitwise_and_(0xFFFF).bitwise_xor_(bits)
 
 
 @dataclass(frozen=True)
@@ -177,20 +190,51 @@ class Scorer:
             counts &= age < asked.queries
         return weight.masked_fill(~counts, 0.0)
 
-    def __call__(
-        self, logits: Tensor, query_positions: Tensor, key_positions: Tensor, last: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        """What queries together give to each key, of all that is asked.
+    def softmax(
+        self, logits: Tensor, plain: Tensor, query_positions: Tensor, key_positions: Tensor
+    ) -> Tensor:
+        """f_theta of each query for each key (Eq. 9), under noise and temperature.
 
         Parameters
         ----------
         logits
             x of Eq. 4, very low and finite where masked, float32,
             (batch, kv_heads, group, queries, keys).
+        plain
+            The softmax of ``logits``, of the same shape.
         query_positions
             (batch, queries) int64, -1 for padding.
         key_positions
             (batch, kv_heads, keys) int64.
+        """
+        if self.config.noise_schedule == "once":
+            query_positions = torch.zeros_like(query_positions)
+        kind, heads = self.noise_drawn, logits.shape[1] * logits.shape[2]
+        drawn = self.seed, self.layer, heads, query_positions, key_positions, self.sequences
+        if kind == "gumbel" and self.tau == 1:
+            # exp(x - log(-log u)) is exp(x) / -log u: the exponentials are there already.
+            raised = plain / uniform(*drawn).log_().view(logits.shape)
+            return raised.div_(raised.sum(dim=-1, keepdim=True))
+        if kind != "none":
+            logits = logits + noise(kind, *drawn).view(logits.shape)
+        elif self.tau == 1:
+            return plain
+        return torch.softmax(logits / self.tau, dim=-1)
+
+    def __call__(
+        self,
+        logits: Tensor,
+        plain: Tensor,
+        query_positions: Tensor,
+        key_positions: Tensor,
+        last: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        """What queries together give to each key, of all that is asked.
+
+        Parameters
+        ----------
+        logits, plain, query_positions, key_positions
+            Those of :meth:`softmax`.
         last
             See :meth:`weight`.
 
@@ -200,7 +244,7 @@ class Scorer:
             For each of :attr:`KeyformerConfig.asked`, float32, (batch, kv_heads, keys); None
             where none of the queries is asked.
         """
-        heads, queries = logits.shape[1] * logits.shape[2], logits.shape[3]
+        queries = logits.shape[3]
         weights = [self.weight(query_positions, last, one) for one in self.config.asked]
         # Most of a prompt need not be looked at where its last queries alone are asked.
         looked_at = [
@@ -209,19 +253,10 @@ class Scorer:
         ]
         if not any(looked_at):
             return (None,) * len(weights)
-        asked_at = query_positions
-        if self.config.noise_schedule == "once":
-            asked_at = torch.zeros_like(query_positions)
-        zeta = noise(
-            *(self.config.noise, self.seed, self.layer, heads, asked_at, key_positions),
-            self.sequences,
-        )
-        if zeta.ndim:
-            zeta = zeta.view(logits.shape)
-        given = torch.softmax((logits + zeta) / self.tau, dim=-1)
+        given = self.softmax(logits, plain, query_positions, key_positions)
         return tuple(
             (
-                torch.einsum("bhgqk,bq->bhk", given, weight)
+                (weight[:, None, None, None] @ given).sum(dim=(2, 3))
                 if asked.kind == "sum"
                 else (given * weight[:, None, None, :, None]).amax(dim=(2, 3))
             )

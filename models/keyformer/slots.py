@@ -116,6 +116,24 @@ class Slots:
             to = _across(freed, held)
             held.scatter_(2, to, torch.where(_across(any_stay, one), one, held.gather(2, to)))
 
+    def put(self, new: Tokens, scores: Tensor, slot: Tensor, stays: Tensor) -> None:
+        """Write one new token a head into a slot, in place, where it ``stays``.
+
+        Parameters
+        ----------
+        new, scores
+            One token: (batch, kv_heads, 1) each.
+        slot, stays
+            (batch, kv_heads, 1) int64 and bool.
+        """
+        vectors = (*quantize(new.keys, self.kind), *quantize(new.values, self.kind))
+        for name, one in zip(self.per_slot, (*vectors, new.positions, scores), strict=True):
+            held = getattr(self, name)
+            if one.numel():
+                to = _across(slot, held)
+                one = torch.where(_across(stays, held), one, held.gather(2, to))
+                held.scatter_(2, to, one)
+
     def rewrite(
         self, new: Tokens, scores: Tensor, freed: Tensor, staying: Tensor, any_stay: Tensor
     ) -> None:

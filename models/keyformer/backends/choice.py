@@ -7,6 +7,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ def prefill(
     *,
     span: Span,
     output_weights: bool = False,
+    unbroken: bool = False,
     **others: str | None,
 ) -> Attended:
     """:func:`keyformer.backends.torch.prefill`, by the kernels where they are to run.
@@ -84,24 +86,30 @@ def prefill(
         from keyformer.backends import triton
 
         return triton.prefill(query, slots, new, spec, span, scorer)
-    return torch_backend.prefill(query, slots, new, spec, scorer, output_weights)
+    return torch_backend.prefill(query, slots, new, spec, scorer, output_weights, unbroken)
 
 
-def steps(
+def stepping(
     config: KeyformerConfig, query: Tensor, spec: AttentionSpec, **others: str | None
-) -> bool:
-    """Whether the decode kernels are to take a step, with what it does to scores and slots.
+) -> ModuleType | None:
+    """The backend that takes a step of one token whole, with what it does to scores and slots.
 
-    They accumulate: where a rule does otherwise, or several share the slots, torch scores what the
-    prefill kernels give, and decides who leaves. So it says, once for each rule.
+    They accumulate: where a rule does otherwise, or several share the slots, it is taken as a
+    prompt is, which is said once for each rule where kernels run: their steps cannot be replayed.
     """
-    if not on_kernels(config.backend, query, softcap=spec.softcap, window=spec.window, **others):
-        return False
     (rule, _), *more = config.rules
-    known = not config.needs_scores or (rule.accumulates and not more)
-    if not known:
-        _say_slow(formula(config.rules))
-    return known
+    known = not more and (rule.accumulates or not config.needs_scores)
+    others |= {"softcap": spec.softcap, "window": spec.window}
+    if on_kernels(config.backend, query, **others):
+        if not known:
+            _say_slow(formula(config.rules))
+            return None
+        from keyformer.backends import triton
+
+        return triton
+    odd = any(value is not None for value in others.values())
+    learns = torch.is_grad_enabled() and query.requires_grad
+    return torch_backend if known and not (odd or learns) else None
 
 
 @functools.cache

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from keyformer.attention import HIDDEN, Attended, AttentionSpec, Tokens
+from keyformer.eviction import Eviction
 from keyformer.score import Scorer
 from keyformer.slots import Slots
+
+if TYPE_CHECKING:
+    from keyformer.layer import KeyformerLayer
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "gpu": 2**23}
 """Logits held at a time, in queries times keys over batch and heads: chunks of queries keep
@@ -23,6 +29,7 @@ def prefill(
     spec: AttentionSpec,
     scorer: Scorer | None = None,
     output_weights: bool = False,
+    unbroken: bool = False,
 ) -> Attended:
     """Attend from new tokens to cached slots and, causally, to each other.
 
@@ -43,7 +50,15 @@ def prefill(
         Ranks the tokens; None where nothing is ranked.
     output_weights
         Return the weights too, which takes memory quadratic in a prompt.
+    unbroken
+        Whether no sequence has padding among its new tokens.
     """
+    bent = spec.softcap is not None or spec.window is not None or spec.alibi_slopes is not None
+    if unbroken and not (bent or output_weights or scorer or slots.positions.shape[-1]):
+        output = scaled_dot_product_attention(
+            query, new.keys, new.values, is_causal=True, scale=spec.scale, enable_gqa=True
+        )
+        return Attended(output, new.positions, (), None)
     batch, heads, queries, head_dim = query.shape
     kv_heads, held = slots.positions.shape[1:]
     group = heads // kv_heads
@@ -97,7 +112,7 @@ def prefill(
         if scorer is not None:
             asked_at = new.positions[:, 0, start:end]
             with torch.no_grad():
-                given = scorer(logits, asked_at, known, last)
+                given = scorer(logits, probability, asked_at, known, last)
             for one, every, some in zip(asked, received, given, strict=True):
                 if some is None:
                     continue
@@ -114,6 +129,70 @@ def prefill(
         received=received,
         weights=torch.cat(weights, dim=2) if output_weights else None,
     )
+
+
+@torch.no_grad()
+def step(
+    layer: KeyformerLayer,
+    query: Tensor,
+    slots: Tokens,
+    read: Tokens,
+    new: Tokens,
+    spec: AttentionSpec,
+    scorer: Scorer | None,
+    tau: Tensor,
+    *,
+    evicts: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`keyformer.backends.triton.step`, in few operations; the scorer knows ``tau``, too."""
+    config, text = layer.config, layer.text.on(query.device)
+    batch, heads, _, head_dim = query.shape
+    kv_heads, count = layer.positions.shape[1:]
+    real = new.positions >= 0
+    filled = (text.seen[:, None] - 1).minimum(layer.budget)[..., None]
+    new_scores = layer.scores.new_zeros(real.shape)
+    if _appends(layer, slots, spec):
+        layer.put(new, new_scores, filled, real)
+        keys, values = (held[:, :, : text.length] for held in (layer.keys, layer.values))
+        output = scaled_dot_product_attention(
+            query, keys, values, scale=spec.scale, enable_gqa=True
+        )
+        return output, new_scores
+    query = (query * spec.scale).view(batch, kv_heads, heads // kv_heads, head_dim)
+    logits = torch.cat([query @ t.keys.transpose(2, 3) for t in (slots, read)], dim=-1).float()
+    positions = torch.cat([slots.positions, new.positions], dim=-1)
+    if spec.alibi_slopes is not None:
+        distance = torch.cat([slots.places - read.places, read.places * 0], dim=-1)
+        logits += spec.alibi_slopes.view(kv_heads, -1, 1) * distance[:, :, None]
+    logits = logits.masked_fill_((positions < 0)[:, :, None], HIDDEN)
+    plain = torch.softmax(logits, dim=-1)
+    mixed = plain.to(read.values.dtype)
+    output = mixed[..., :count] @ slots.values + mixed[..., count:] * read.values
+    output = output.view(batch, heads, 1, head_dim)
+    if scorer is not None:
+        given = scorer.softmax(
+            logits.unsqueeze(3), plain.unsqueeze(3), new.positions[:, 0], positions
+        )
+        given = given.sum(dim=(2, 3)) * (real * scorer.factor)
+        if config.forgetting < 1:
+            layer.scores *= config.forgetting ** text.taken[:, None, None]
+        layer.scores += given[..., :count]
+        new_scores = given[..., count:]
+    if evicts:
+        eviction = Eviction(config, text, layer.budget, layer.window)
+        every = torch.cat([layer.scores, new_scores], dim=-1)
+        loser = eviction.loser(positions, every)
+        full = filled == layer.budget[..., None]
+        stays = real & (~full | (loser < count))
+        place = torch.where(full, loser, filled).clamp(max=count - 1)
+        layer.put(new, new_scores, place, stays)
+    return output, new_scores
+
+
+def _appends(layer: KeyformerLayer, slots: Tokens, spec: AttentionSpec) -> bool:
+    """Whether a step only adds a token to a text that is there as attention reads it."""
+    plain = layer.kind == "auto" and slots.keys is layer.keys and not layer.text.columns.padded
+    return plain and layer.config.never_evicts and spec.alibi_slopes is None
 
 
 def reorder(layers: Sequence[Slots], parents: Tensor, shared: Tensor) -> None:
