@@ -93,7 +93,8 @@ def prefill(
         known = torch.cat([slots.positions, seen.positions], dim=-1)
 
         # Two products instead of one over joined keys: joining would copy the whole cache.
-        logits = torch.cat([asker @ t.keys.transpose(2, 3) for t in (slots, seen)], dim=-1)
+        products = [asker @ t.keys.transpose(2, 3) for t in ((slots, seen) if held else (seen,))]
+        logits = torch.cat(products, dim=-1) if held else products[0]
         logits = logits.view(batch, kv_heads, group, end - start, held + end - first).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
@@ -103,11 +104,13 @@ def prefill(
         hidden = (distance > 0) | (known < 0)[:, :, None, None, :]
         if window is not None:
             hidden |= distance <= -window
-        logits = logits.masked_fill(hidden, HIDDEN)
+        logits = logits.masked_fill_(hidden, HIDDEN)
 
         probability = torch.softmax(logits, dim=-1)
         mixed = probability.to(new.values.dtype).flatten(2, 3)
-        mean = mixed[..., :held] @ slots.values + mixed[..., held:] @ seen.values
+        mean = mixed[..., held:] @ seen.values
+        if held:
+            mean = mean + mixed[..., :held] @ slots.values
         output[:, :, :, start:end] = mean.view(batch, kv_heads, group, end - start, head_dim)
         if scorer is not None:
             asked_at = new.positions[:, 0, start:end]
