@@ -15,15 +15,15 @@ from typing import NamedTuple
 
 from keyformer.config import InputError
 from keyformer_evaluation.records.results import check_record, write_json, write_picture
-from keyformer_evaluation.studies.pictures import COLORS, Figure, colors_of, legend_of
+from keyformer_evaluation.studies.pictures import COLORS, Figure, colors_of
 from keyformer_evaluation.studies.sweep import Estimate
 from keyformer_evaluation.tasks import flags as flag
 
 LOSSES = {"reference": "summaries", "continued": "how it goes on"}
 """What of a dataset is drawn, by its task in summaries.csv."""
 
-Table = dict[tuple[str, str, str], dict[str, str]]
-"""Lines by task, method and size of the cache."""
+Table = dict[tuple[str, str, str], Estimate]
+"""What is drawn by task, method and size of the cache."""
 
 
 class Point(NamedTuple):
@@ -42,31 +42,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     folder = flags.folder
     of_dataset = {path.parent.name: path for path in sorted(folder.glob("*/summaries.csv"))}
+    if not of_dataset:
+        raise InputError(f"{folder} has no summaries.csv of a dataset")
     for name in flags.datasets or ():
         if name not in of_dataset:
             raise InputError(
                 f"--datasets must be of {', '.join(of_dataset)}, which {folder} has, got {name}"
             )
-    if not of_dataset:
-        raise InputError(f"{folder} has no summaries.csv of a dataset")
-    drawn = [of_dataset[name] for name in flags.datasets or of_dataset]
-    tables = [folder / "retrieval.csv", *drawn]
-    found, *of_datasets = map(read, tables)
-    panels = {
-        (f"{path.parent.name}, {name}", size): points(found, table, task, size)
-        for path, table in zip(drawn, of_datasets, strict=True)
-        for task, name in LOSSES.items()
-        for size in sorted({size for _, _, size in found if size}, key=float, reverse=True)
-        if any(key[0] == task for key in table)
-    }
+    found = read(folder / "retrieval.csv")
+    sizes = sorted({size for _, _, size in found if size}, key=float, reverse=True)
+    panels = {}
+    drawn = dict.fromkeys(flags.datasets or of_dataset)
+    for dataset in drawn:
+        table = read(of_dataset[dataset])
+        for task, name in LOSSES.items():
+            shown = {size: points(found, table, task, size) for size in sizes}
+            if any(shown.values()):
+                panels[f"{dataset}, {name}"] = shown
+    if not panels:
+        raise InputError(f"the tables of {folder} have no needles and losses of the same methods")
     record, *files = (folder / f"frontier.{kind}" for kind in ("json", "png", "svg"))
     check_record(record, *files, script="frontier.py")
-    figure = picture(panels)
+    figure = picture(panels, sizes)
+    tables = ["retrieval.csv", *(f"{dataset}/summaries.csv" for dataset in drawn)]
+    command = shlex.join(["python", "paper/frontier.py", *argv])
+    write_json(record, {"command": command, "drawn_from": tables})
     for file in files:
         write_picture(file, figure)
-    read_from = [str(table.relative_to(folder)) for table in tables]
-    command = shlex.join(["python", "paper/frontier.py", *argv])
-    write_json(record, {"command": command, "drawn_from": read_from})
     print(f"picture and record: {folder / 'frontier.{png,svg,json}'}")
 
 
@@ -76,56 +78,64 @@ def read(path: Path) -> Table:
     Raises
     ------
     InputError
-        If it is none.
+        If it is none, or has several models.
     """
+    metric = "answered" if path.name == "retrieval.csv" else "nll_minus_full"
+    table: Table = {}
     try:
         with path.open(newline="", encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
-        return {(line["task"], line["method"], line["kv_cache"]): line for line in lines}
-    except (OSError, UnicodeDecodeError, KeyError) as error:
-        raise InputError(f"cannot read results from {path}: {error}") from error
+        for line in lines:
+            if line["kv_cache"]:
+                float(line["kv_cache"])
+            if line["task"] in ("needle", *LOSSES):
+                table[line["task"], line["method"], line["kv_cache"]] = estimate(line, metric)
+        models = {line["model"] for line in lines}
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise InputError(f"cannot read results from {path}: {error!r}") from error
+    if len(models) > 1:
+        raise InputError(f"{path} has several models, {', '.join(sorted(models))}: draw each alone")
+    return table
+
+
+def estimate(line: dict[str, str], metric: str) -> Estimate:
+    """A mean and the ends of its interval."""
+    mean, low, high = (float(line[f"{metric}{end}"]) for end in ("", "_low", "_high"))
+    return mean, low, high
 
 
 def points(found: Table, lost: Table, task: str, size: str) -> dict[str, Point]:
     """Of the full cache, and of each method that both tables have at this size."""
     return {
-        method: Point(
-            estimate(line, "answered"),
-            estimate(lost[task, method, at], "nll_minus_full"),
-        )
-        for (asked, method, at), line in found.items()
+        method: Point(of, lost[task, method, at])
+        for (asked, method, at), of in found.items()
         if asked == "needle" and at in ("", size) and (task, method, at) in lost
     }
 
 
-def estimate(line: dict[str, str], metric: str) -> Estimate:
-    """A mean and the ends of its interval."""
-    low, mean, high = (float(line[f"{metric}{end}"]) for end in ("_low", "", "_high"))
-    return mean, low, high
-
-
-def picture(panels: dict[tuple[str, str], dict[str, Point]]) -> Figure:
+def picture(panels: dict[str, dict[str, dict[str, Point]]], sizes: Sequence[str]) -> Figure:
     """A row for each thing lost, a column for each size; best is at the lower right."""
-    rows = list(dict.fromkeys(name for name, _ in panels))
-    columns = list(dict.fromkeys(size for _, size in panels))
-    colors = colors_of(method for panel in panels.values() for method in panel)
-    figure = Figure(figsize=(3.3 * len(columns), 0.8 + 2.5 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey="row")
-    for (name, size), panel in panels.items():
-        ax = axes[rows.index(name)][columns.index(size)]
-        for method, ((x, *of_x), (y, *of_y)) in panel.items():
-            ax.plot(of_x, [y, y], [x, x], of_y, color=colors[method], linewidth=1, alpha=0.5)
-            marker = "*" if method == "full" else "o"
-            ax.plot(x, y, marker, color=colors[method], label=method, markersize=6)
-        ax.axhline(0, color=COLORS["full"], linewidth=1, linestyle=":")
-        ax.set_xlim(0, 100)
-    for ax, size in zip(axes[0], columns, strict=True):
-        ax.set_title(f"{size} % of the cache")
-    for line, name in zip(axes, rows, strict=True):
+    colors = colors_of(
+        method for of in panels.values() for shown in of.values() for method in shown
+    )
+    size = (3.3 * len(sizes), 0.8 + 2.5 * len(panels))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(panels), len(sizes), squeeze=False, sharex=True, sharey="row")
+    drawn = {}
+    for line, (name, of_size) in zip(axes, panels.items(), strict=True):
         line[0].set_ylabel(f"{name}:\nnats a token above full")
+        for ax, shown in zip(line, of_size.values(), strict=True):
+            for method, ((x, *of_x), (y, *of_y)) in shown.items():
+                color, marker = colors[method], "*" if method == "full" else "o"
+                ax.plot(of_x, [y, y], [x, x], of_y, color=color, linewidth=1, alpha=0.5)
+                (drawn[method],) = ax.plot(x, y, marker, color=color, markersize=6)
+            ax.axhline(0, color=COLORS["full"], linewidth=1, linestyle=":")
+            ax.set_xlim(0, 100)
+    for ax, size_of in zip(axes[0], sizes, strict=True):
+        ax.set_title(f"{size_of} % of the cache")
     for ax in axes[-1]:
         ax.set_xlabel("needles found, %")
-    legend_of(figure, axes[0][0])
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=min(len(drawn), 7))
     return figure
 
 

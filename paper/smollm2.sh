@@ -24,5 +24,5 @@ flags=(--model_path models/smollm2-135m --store "$out/measured.sqlite")
 ${PYTHON:-python} paper/together.py paper/smollm2.txt "${flags[@]}" --out "$out" "$@"
 for dataset in "${datasets[@]}"; do
     ${PYTHON:-python} paper/summaries.py --dataset_path "$dataset" --max_new_tokens 128 \
-        --measure reference rouge "${flags[@]}" --out "$out/$(basename "$dataset" .json)" "$@"
+        --measure reference rouge continued "${flags[@]}" --out "$out/$(basename "$dataset" .json)" "$@"
 done

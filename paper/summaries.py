@@ -1,8 +1,9 @@
-"""Methods over the size of the cache, by three measures of summaries.
+"""Methods over the size of the cache, by four measures.
 
 ROUGE of greedy summaries (``rouge``), the negative log-likelihood of a token of the reference
-after the prompt was evicted (``reference``), and how many tokens of the full cache's own summary
-each method would write too (``agreement``).
+after the prompt was evicted (``reference``), how many tokens of the full cache's own summary
+each method would write too (``agreement``), and the negative log-likelihood of a token of the
+document's end after what comes before it (``continued``).
 """
 
 from __future__ import annotations

@@ -304,8 +304,8 @@ def test_the_frontier_is_drawn_from_the_tables(tmp_path, capsys) -> None:
 
     def table(name: str, task: str, metric: str, rows: dict[tuple[str, str], float]) -> None:
         ends = ("", "_low", "_high")
-        lines = [",".join(["task", "method", "kv_cache", *(metric + end for end in ends)])]
-        lines += [f"{task},{of},{at},{v},{v - 1},{v + 2}" for (of, at), v in rows.items()]
+        lines = [",".join(["model", "task", "method", "kv_cache", *(metric + of for of in ends)])]
+        lines += [f"m,{task},{of},{at},{v},{v - 1},{v + 2}" for (of, at), v in rows.items()]
         (tmp_path / name).write_text("\n".join(lines) + "\n")
 
     with pytest.raises(InputError, match=r"no summaries\.csv"):
@@ -327,9 +327,19 @@ def test_the_frontier_is_drawn_from_the_tables(tmp_path, capsys) -> None:
     assert all(text in picture for text in ("50 % of the cache", "news, summaries", "h2o"))
     assert "recall" not in picture
     assert "frontier.{png,svg,json}" in capsys.readouterr().out
-    (tmp_path / "news" / "summaries.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match=r"cannot read results from .*summaries\.csv"):
-        frontier.main([str(tmp_path)])
+    summaries = tmp_path / "news" / "summaries.csv"
+    good = summaries.read_text()
+    for bad, says in (
+        ("a,b\n1,2\n", "cannot read results from .*KeyError"),
+        (good.replace("1.5", "abc"), "cannot read results from .*abc"),
+        (good.replace(",20,", ",ten,"), "cannot read results from .*ten"),
+        (good.splitlines()[0] + "\n", "have no needles and losses"),
+        (good + good.splitlines()[1].replace("m,", "other,", 1) + "\n", "several models, m, other"),
+    ):
+        summaries.write_text(bad)
+        with pytest.raises(InputError, match=says):
+            frontier.main([str(tmp_path)])
+    assert (tmp_path / "frontier.svg").read_text() == picture
 
 
 def test_sparsity_and_mass_of_attention(model_path) -> None:

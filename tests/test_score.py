@@ -176,6 +176,7 @@ def test_presets_are_the_rows_of_the_paper() -> None:
             1,
             1,
         )
+    assert KeyformerConfig(normalize=1).plain()["normalize"] == 1.0
     assert [presets[name].power_of_age for name in ("h2o", "recall")] == [0, 0.25]
     assert presets["keyformer"] == KeyformerConfig(**given)
     assert presets["dilated_window"].dilation == 1

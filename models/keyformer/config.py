@@ -175,8 +175,9 @@ class KeyformerConfig:
         choice("noise", NOISES)
         choice("noise_schedule", NOISE_SCHEDULES)
         choice("score", SCORES)
-        if self.normalize not in tuple(NORMALIZATIONS):
+        if not isinstance(self.normalize, str) or self.normalize not in NORMALIZATIONS:
             number("normalize", lambda v: 0 <= v <= 1, "sum, mean or a power in [0, 1]")
+            object.__setattr__(self, "normalize", float(self.normalize))
         choice("key_set", KEY_SETS)
         choice("positions", POSITIONS)
         choice("cache_dtype", CACHE_DTYPES)

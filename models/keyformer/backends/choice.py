@@ -99,15 +99,15 @@ def stepping(
     """
     (rule, _), *more = config.rules
     known = not more and (rule.accumulates or not config.needs_scores)
-    others |= {"softcap": spec.softcap, "window": spec.window}
-    if on_kernels(config.backend, query, **others):
+    unknown = {"softcap": spec.softcap, "window": spec.window, **others}
+    if on_kernels(config.backend, query, **unknown):
         if not known:
             _say_slow(formula(config.rules))
             return None
         from keyformer.backends import triton
 
         return triton
-    odd = any(value is not None for value in others.values())
+    odd = any(value is not None for value in unknown.values())
     learns = torch.is_grad_enabled() and query.requires_grad
     return torch_backend if known and not (odd or learns) else None
 

@@ -209,7 +209,8 @@ def _rank(
 ):
     """:meth:`keyformer.eviction.Eviction.ranks` for real tokens: the lowest leaves."""
     if POWER != 0:
-        score = score / tl.exp2(POWER * tl.log2((seen - position).to(tl.float32)))
+        age = (seen - position).to(tl.float32)
+        score = score / (age if POWER == 1 else tl.exp2(POWER * tl.log2(age)))
     rank = (score.to(tl.int32, bitcast=True).to(tl.int64) << 31) + (0x7FFFFFFF - position)
     recent = position >= window_start
     if STRIDE > 1:

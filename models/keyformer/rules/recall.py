@@ -19,16 +19,18 @@ class Recall(Observed):
 
     Accumulated attention knows what a text is about, and loses what is mentioned once and asked
     for at the end: one query of a thousand looks at it. So the largest attention from the last
-    queries, to the third power and averaged over neighbours in the text, is added to it:
+    queries, to the third power and averaged over neighbours in the text, is added to it. For each
+    key/value head, with the sum and the largest of the query heads that share it:
 
         score = accumulated + strength * (all attention given so far) * pooled(largest ** power)
 
     The power leaves the sharp looks of a question, and next to nothing of the many faint ones of
     an instruction, for which the sum is the better guide. Looks at the first token, where
-    attention goes that is not needed, and at the last queries themselves do not count: they say
-    nothing about their neighbours. In a decode step attention is accumulated, as in
-    ``Accumulated``: what a prompt asked for keeps what that was worth. Of a prompt in chunks each
-    chunk's last queries are asked, and a chunk of one token is a step.
+    attention goes that is not needed, and at the last ``queries`` tokens of the text, those that
+    ask, do not count: they say nothing about their neighbours; of a prompt no longer than those
+    nothing is added. In a decode step attention is accumulated, as in ``Accumulated``: what a
+    prompt asked for keeps what that was worth. Each prompt on a cache and each chunk of one asks
+    anew, so that in small chunks the looks weigh more; a chunk of one token is a step.
 
     Parameters
     ----------

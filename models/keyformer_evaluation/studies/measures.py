@@ -203,7 +203,13 @@ class Likelihood(OnItems):
         opening = tokenizer(before, verbose=False)["input_ids"] if before else []
         tokens = tokenizer(document, verbose=False, add_special_tokens=not before)["input_ids"]
         if room is not None:
-            tokens = tokens[: room + self.max_new_tokens - len(opening)]
+            left = room + self.max_new_tokens - len(opening)
+            if left < 2:
+                raise InputError(
+                    f"the positions of {self.path} leave no room for a document after the"
+                    f" {len(opening)} tokens of its instruction"
+                )
+            tokens = tokens[:left]
         first = len(tokens) - self._predicted(len(tokens))
         return opening + tokens[:first], tokens[first:]
 

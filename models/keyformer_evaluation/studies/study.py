@@ -334,8 +334,8 @@ def _generation_flags(parser: flag.Parser, measures: Sequence[str]) -> None:
             nargs="+" if several else None,
             default=list(measures) if several else measures[0],
             help="of summaries: rouge; reference, the negative log-likelihood of a token of the"
-            " reference; agreement with the full cache's; of documents: continued, the same of"
-            " their ends (default: %(default)s)",
+            " reference; agreement with the full cache's; continued, that likelihood of a token of"
+            " the document's end (default: %(default)s)",
         )
     flag.prompt_flag(parser)
     parser.add_argument("--beam", type=flag.WIDTH, default=1, help="beams; the paper's runs use 4")

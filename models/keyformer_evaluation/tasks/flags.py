@@ -176,8 +176,8 @@ def method_flags(parser: argparse.ArgumentParser, default: str = "full") -> None
         "--recent",
         type=PERCENT,
         default=defaults.recent,
-        help="recent window in %% of the cache, in [0, 100]; window, streaming_llm and key"
-        " have their own (default: %(default)s)",
+        help="recent window in %% of the cache, in [0, 100]; windows, streaming_llm, key"
+        " and recall have their own (default: %(default)s)",
     )
     group.add_argument(
         "--kv_budget", type=whole(1), help="cache size in tokens, instead of --kv_cache"
