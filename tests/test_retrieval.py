@@ -310,11 +310,13 @@ def test_retrieval_writes_a_record_and_the_needles_by_place(model_path, articles
     assert (tmp_path / "out" / "retrieval_needles.svg").exists()
 
 
-def test_summaries_by_three_measures(model_path, articles, tmp_path) -> None:
+def test_summaries_by_all_measures(model_path, articles, tmp_path) -> None:
     flags = ["--dataset_path", str(articles), "--methods", "window", "--sizes", "50"]
     rows = study("summaries", model_path, tmp_path / "out", *flags)
-    assert [row["task"] for row in rows] == 2 * ["rouge"] + 2 * ["reference"] + 2 * ["agreement"]
-    assert float(rows[4]["agreement"]) == 100 and rows[2]["nll"] and rows[0]["rouge2"]
+    measures = ["rouge", "reference", "agreement", "continued"]
+    assert [row["task"] for row in rows] == [name for name in measures for _ in range(2)]
+    assert float(rows[4]["agreement"]) == 100 and rows[0]["rouge2"]
+    assert rows[2]["nll"] and rows[6]["nll"] and rows[2]["nll"] != rows[6]["nll"]
 
 
 def test_any_study_measures_the_reference(model_path, articles, tmp_path, capsys) -> None:
