@@ -30,7 +30,8 @@ class Recall(Observed):
     ask, do not count: they say nothing about their neighbours; of a prompt no longer than those
     nothing is added. In a decode step attention is accumulated, as in ``Accumulated``: what a
     prompt asked for keeps what that was worth. Each prompt on a cache and each chunk of one asks
-    anew, so that in small chunks the looks weigh more; a chunk of one token is a step.
+    anew, so that in small chunks the looks weigh more; a chunk of one token is a step. What the
+    end of a prompt in chunks asks for is evicted before, in part: feed it whole where it fits.
 
     Parameters
     ----------
