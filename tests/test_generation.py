@@ -227,6 +227,22 @@ def test_temperature_follows_max_new_tokens(evicting, padded, monkeypatch) -> No
         assert [tau for layer, tau in taus if layer == 0] == [1 + t / 8 for t in range(8)]
 
 
+def test_a_step_of_full_takes_one_slot_also_where_scores_are_shared(stock, evicting) -> None:
+    config = KeyformerConfig.preset("full", score="shared")
+    model, text = evicting(config), torch.randint(1, 61, (2, 12))
+    cache = KeyformerCache(model.config, config)
+    with torch.no_grad():
+        model(text[:, :8], past_key_values=cache)
+        for token in text[:, 8:].split(1, dim=1):
+            logits = model(token, past_key_values=cache).logits
+        expected = stock(text).logits[:, -1:]
+    assert torch.allclose(logits, expected, atol=1e-4)
+    for layer in cache.layers:
+        held = layer.positions.sort(dim=-1).values[..., -12:]
+        assert torch.equal(held, torch.arange(12).expand_as(held))
+        assert int((layer.positions >= 0).sum(dim=-1).max()) == 12
+
+
 def test_second_prompt_on_the_same_cache(stock, evicting, full) -> None:
     """A chat turn: with full it equals one long text, with a budget the cache never grows."""
     turns = [torch.randint(1, 61, (1, n)) for n in (20, 9, 14)]

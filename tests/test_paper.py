@@ -9,7 +9,7 @@ import os
 import shutil
 import sqlite3
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import ClassVar
@@ -295,6 +295,9 @@ def test_documents_end_where_the_positions_do(tmp_path) -> None:
     model.register_forward_hook(lambda *call: read.append(call[2].logits.shape), always_call=True)
     measure(KeyformerConfig.preset("full"), torch.device("cpu"), [0])
     assert len(read) == 12
+    long = {**text, "instruction": "Sum up. " * 999}
+    with pytest.raises(InputError, match="leave no room for a document after the"):
+        replace(measure, items=[long])(KeyformerConfig.preset("full"), torch.device("cpu"), [0])
 
 
 def test_the_frontier_is_drawn_from_the_tables(tmp_path, capsys) -> None:

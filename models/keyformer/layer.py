@@ -217,8 +217,8 @@ class KeyformerLayer(Slots, CacheLayerMixin):
     ) -> Tensor:
         """:meth:`attend` and :meth:`admit` of one new token a sequence, at once.
 
-        Nothing waits for the device and nothing is allocated that outlives the step, so it can
-        be captured and replayed. Shared scores decide later, in :meth:`admit`.
+        By the kernels nothing waits for the device and nothing is allocated that outlives the
+        step, so it can be captured and replayed. Shared scores decide later, in :meth:`admit`.
 
         Parameters
         ----------

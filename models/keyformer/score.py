@@ -207,19 +207,18 @@ class Scorer:
         key_positions
             (batch, kv_heads, keys) int64.
         """
+        kind, heads = self.noise_drawn, logits.shape[1] * logits.shape[2]
+        if kind == "none":
+            return plain if self.tau == 1 else torch.softmax(logits / self.tau, dim=-1)
         if self.config.noise_schedule == "once":
             query_positions = torch.zeros_like(query_positions)
-        kind, heads = self.noise_drawn, logits.shape[1] * logits.shape[2]
         drawn = self.seed, self.layer, heads, query_positions, key_positions, self.sequences
         if kind == "gumbel" and self.tau == 1:
             # exp(x - log(-log u)) is exp(x) / -log u: the exponentials are there already.
             raised = plain / uniform(*drawn).log_().view(logits.shape)
             return raised.div_(raised.sum(dim=-1, keepdim=True))
-        if kind != "none":
-            logits = logits + noise(kind, *drawn).view(logits.shape)
-        elif self.tau == 1:
-            return plain
-        return torch.softmax(logits / self.tau, dim=-1)
+        zeta = noise(kind, *drawn).view(logits.shape)
+        return torch.softmax((logits + zeta) / self.tau, dim=-1)
 
     def __call__(
         self,

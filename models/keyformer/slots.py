@@ -110,11 +110,8 @@ class Slots:
         self, new: Tokens, scores: Tensor, freed: Tensor, staying: Tensor, any_stay: Tensor
     ) -> None:
         """Write new tokens over slots, in place; the three are what ``Eviction.exchange`` gives."""
-        for name, one in self._stored(new, scores, staying).items():
-            held = getattr(self, name)
-            # Where no token stays, the first slot is written over by itself.
-            to = _across(freed, held)
-            held.scatter_(2, to, torch.where(_across(any_stay, one), one, held.gather(2, to)))
+        # Where no token stays, the first slot is written over by itself.
+        self._write(self._stored(new, scores, staying), freed, any_stay)
 
     def put(self, new: Tokens, scores: Tensor, slot: Tensor, stays: Tensor) -> None:
         """Write one new token a head into a slot, in place, where it ``stays``.
@@ -126,13 +123,15 @@ class Slots:
         slot, stays
             (batch, kv_heads, 1) int64 and bool.
         """
-        vectors = (*quantize(new.keys, self.kind), *quantize(new.values, self.kind))
-        for name, one in zip(self.per_slot, (*vectors, new.positions, scores), strict=True):
+        self._write(self._held(new.keys, new.values, new.positions, scores), slot, stays)
+
+    def _write(self, stored: dict[str, Tensor], slot: Tensor, stays: Tensor) -> None:
+        """Put what :meth:`_held` gives into slots, in place, but not where nothing ``stays``."""
+        for name, one in stored.items():
             held = getattr(self, name)
             if one.numel():
                 to = _across(slot, held)
-                one = torch.where(_across(stays, held), one, held.gather(2, to))
-                held.scatter_(2, to, one)
+                held.scatter_(2, to, torch.where(_across(stays, one), one, held.gather(2, to)))
 
     def rewrite(
         self, new: Tokens, scores: Tensor, freed: Tensor, staying: Tensor, any_stay: Tensor
@@ -152,6 +151,12 @@ class Slots:
             tensor.gather(2, _across(index, tensor))
             for tensor in (new.keys, new.values, new.positions, scores)
         )
+        return self._held(keys, values, positions, scores)
+
+    def _held(
+        self, keys: Tensor, values: Tensor, positions: Tensor, scores: Tensor
+    ) -> dict[str, Tensor]:
+        """What slots hold of tokens, by attribute."""
         held = (*quantize(keys, self.kind), *quantize(values, self.kind), positions, scores)
         return dict(zip(self.per_slot, held, strict=True))
 

@@ -148,13 +148,13 @@ def step(
     evicts: bool,
 ) -> tuple[Tensor, Tensor]:
     """:func:`keyformer.backends.triton.step`, in few operations; the scorer knows ``tau``, too."""
-    config, text = layer.config, layer.text.on(query.device)
+    config, text, budget = layer.config, layer.text.on(query.device), layer.budget
     batch, heads, _, head_dim = query.shape
     kv_heads, count = layer.positions.shape[1:]
     real = new.positions >= 0
-    filled = (text.seen[:, None] - 1).minimum(layer.budget)[..., None]
+    filled = (text.seen[:, None] - 1).minimum(budget)[..., None]
     new_scores = layer.scores.new_zeros(real.shape)
-    if _appends(layer, slots, spec):
+    if evicts and _appends(layer, slots, spec):
         layer.put(new, new_scores, filled, real)
         keys, values = (held[:, :, : text.length] for held in (layer.keys, layer.values))
         output = scaled_dot_product_attention(
@@ -181,11 +181,12 @@ def step(
             layer.scores *= config.forgetting ** text.taken[:, None, None]
         layer.scores += given[..., :count]
         new_scores = given[..., count:]
-    if evicts:
-        eviction = Eviction(config, text, layer.budget, layer.window)
+    if evicts and config.never_evicts:
+        layer.put(new, new_scores, filled, real)
+    elif evicts:
         every = torch.cat([layer.scores, new_scores], dim=-1)
-        loser = eviction.loser(positions, every)
-        full = filled == layer.budget[..., None]
+        loser = Eviction(config, text, budget, layer.window).loser(positions, every)
+        full = filled == budget[..., None]
         stays = real & (~full | (loser < count))
         place = torch.where(full, loser, filled).clamp(max=count - 1)
         layer.put(new, new_scores, place, stays)
