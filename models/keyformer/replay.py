@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from transformers.utils import ModelOutput
 
 from keyformer.cache import KeyformerCache
@@ -60,8 +58,11 @@ def replayed(model: nn.Module, arguments: dict[str, Any]) -> ModelOutput | None:
     if graph is None or not graph.fits(model, cache, inputs):
         if cache.text.reserved - cache.text.length < LEAST_STEPS:
             return None
+        if not _capturable(model, inputs["input_ids"].device):
+            cache.replays = False
+            return None
         if cache.text.step == 0:
-            with FewRows():
+            with _few_rows(model):
                 return nn.Module.__call__(model, **arguments)
         cache.graph = graph = _captured(model, cache, inputs)
         if graph is None:
@@ -77,10 +78,6 @@ def _captured(
     model: nn.Module, cache: KeyformerCache, inputs: dict[str, Tensor]
 ) -> DecodeGraph | None:
     """The step as a graph; None, with a warning once, if the model cannot be captured."""
-    devices = {parameter.device for parameter in model.parameters()}
-    if any(_hooks(model)) or devices != {inputs["input_ids"].device}:
-        cache.replays = False
-        return None
     before = [(text.length, text.step) for text in cache.texts]
     try:
         return DecodeGraph(model, cache, inputs)
@@ -115,7 +112,8 @@ class DecodeGraph:
         if cache.columns.mask is not None:
             self.mask = torch.ones_like(inputs["input_ids"])
             self.mask.keyformer_continues = cache.columns.mask
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"), FewRows():
+        few_rows = _few_rows(model)  # looks at the model first, which no graph may
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"), few_rows:
             output = model.forward(
                 **self.inputs, attention_mask=self.mask, past_key_values=cache, return_dict=True
             )
@@ -150,6 +148,17 @@ class DecodeGraph:
         self.graph.replay()
         cache.halfway = False
         return self.output_type(logits=self.logits.clone(), past_key_values=cache)
+
+
+def _capturable(model: nn.Module, device: torch.device) -> bool:
+    """Whether all of a model is on one device, and nothing is called beside it."""
+    return not any(_hooks(model)) and {one.device for one in model.parameters()} == {device}
+
+
+def _few_rows(model: nn.Module) -> Any:
+    from keyformer.few_rows import FewRows  # kernels, which not all have
+
+    return FewRows(model)
 
 
 def _hooks(model: nn.Module) -> list[dict]:
@@ -197,20 +206,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple, set, frozenset)):
         return all(map(_is_plain, value))
     return isinstance(value, (bool, int, float, str, type(None)))
-
-
-class FewRows(TorchFunctionMode):
-    """Takes layer norms by the kernel that is made for the few rows of a decode step."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """The result of a function that a model calls while the step is captured."""
-        if function is functional.layer_norm:
-            from keyformer.kernels import norm
-
-            function = norm.layer_norm
-        return function(*args, **(kwargs or {}))
 
 
 def _tensors(cache: KeyformerCache) -> list[Tensor]:

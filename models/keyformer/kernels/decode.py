@@ -16,13 +16,14 @@ does so for earlier turns alone.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from keyformer import kernels
+from keyformer.kernels.early import early, let_next_start, wait
 from keyformer.kernels.noise import LOG2_E, head_row, query_row, spread, zeta
 from keyformer.kernels.tiles import HIDDEN, slot_tile
 
@@ -476,6 +477,7 @@ def step(
     SCALES: tl.constexpr,
     SCALES_BLOCK: tl.constexpr,
     SETTLERS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Programs of a key/value head: for its parts, for each query head's output, for eviction.
 
@@ -512,6 +514,7 @@ def step(
     pair, pairs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     batch, kv_head = pair // KV_HEADS, pair % KV_HEADS
     finished += COUNTS * pair
+    wait(EARLY)
     new_position = tl.load(new_positions + batch)
     seen_now = tl.load(seen + batch)
     budget = tl.load(budgets + batch * budget_stride_batch + kv_head * budget_stride_head)
@@ -571,6 +574,7 @@ def step(
             ELEMENTS,
             SCALES,
         )
+        let_next_start(EARLY)
         if SCORED and SETTLERS > 1:
             tl.debug_barrier()  # what one thread has stored another may load
             top, total = _add_noise(
@@ -594,6 +598,7 @@ def step(
         tl.debug_barrier()  # all threads have stored: the count tells of it
         tl.atomic_add(finished, 1)
     else:
+        let_next_start(EARLY)
         member = part - parts
         if member < GROUP:
             _join(
@@ -702,7 +707,7 @@ class Launch(NamedTuple):
     part_slots: int
     parts: int
     settlers: int
-    constants: dict[str, int]
+    constants: dict[str, Any]
 
 
 def launch(
@@ -742,6 +747,7 @@ def launch(
         "num_warps": warps,
         "num_stages": stages,
         "maxnreg": REGISTERS // (32 * warps * resident) // 8 * 8,
+        **early(device),
     }
     return Launch(part_slots, triton.cdiv(slots, part_slots), settlers, constants)
 
