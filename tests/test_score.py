@@ -76,7 +76,9 @@ def test_score_is_equation_9_summed_over_queries(tau: float, schedule: str) -> N
     queries, keys = places[None, 5:8], places[None, None].expand(1, 2, 8)
     config = KeyformerConfig(noise_schedule=schedule, forgetting=0.75)
     plain = logits.softmax(dim=-1)
-    (got,) = Scorer(config, 11, 4, tau, 0.5)(logits, plain, queries, keys, torch.tensor([9]))
+    (got,) = Scorer(config, 11, 4, tau, 0.5)(
+        logits, plain, queries, keys, torch.tensor([5]), torch.tensor([9])
+    )
     drawn_at = queries if schedule == "fresh" else 0 * queries
     zeta = noise("gumbel", 11, 4, 2, drawn_at, keys)
     for head in range(2):
@@ -94,11 +96,11 @@ def test_score_is_equation_9_summed_over_queries(tau: float, schedule: str) -> N
 def test_padding_gives_no_score() -> None:
     logits = torch.randn(1, 1, 2, 4, 6)
     queries, keys = torch.tensor([[-1, -1, 4, 5]]), torch.arange(6)[None, None]
-    last = torch.tensor([5])
+    ends = torch.tensor([4]), torch.tensor([5])
     scorer = Scorer(KeyformerConfig(forgetting=0.5), 0, 0, 1.0)
     plain = logits.softmax(dim=-1)
-    (real,) = scorer(logits[..., 2:, :], plain[..., 2:, :], queries[:, 2:], keys, last)
-    (padded,) = scorer(logits, plain, queries, keys, last)
+    (real,) = scorer(logits[..., 2:, :], plain[..., 2:, :], queries[:, 2:], keys, *ends)
+    (padded,) = scorer(logits, plain, queries, keys, *ends)
     assert torch.allclose(padded, real)
 
 
@@ -108,7 +110,7 @@ def test_a_constant_changes_no_score() -> None:
     keys = places[None, None].expand(1, 2, 8)
     (with_constant,), (without,) = (
         Scorer(KeyformerConfig(noise=kind), 0, 0, 1.5)(
-            logits, logits.softmax(dim=-1), places[None, 5:8], keys, places[7:]
+            logits, logits.softmax(dim=-1), places[None, 5:8], keys, places[5:6], places[7:]
         )
         for kind in ("constant", "none")
     )

@@ -202,7 +202,8 @@ class KeyformerConfig:
                 raise InputError(
                     f"rule {rule} must ask for an Asked, a tuple of them or None, got {rule.asks!r}"
                 )
-            if rule.accumulates and rule.asked[:1] != (Asked("sum"),):
+            first = rule.asked[0] if rule.asked else None
+            if rule.accumulates and (first is None or first.queries or first.kind != "sum"):
                 raise InputError(
                     f"rule {rule} accumulates and must ask for Asked('sum') first, got"
                     f" {rule.asks!r}"

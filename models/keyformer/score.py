@@ -166,15 +166,18 @@ class Scorer:
             return torch.arange(rows, device=device)
         return self.sequences.to(device)
 
-    def weight(self, query_positions: Tensor, last: Tensor, asked: Asked = ALL) -> Tensor:
+    def weight(
+        self, query_positions: Tensor, first: Tensor, last: Tensor, asked: Asked = ALL
+    ) -> Tensor:
         """How much each query's softmax counts.
 
         Parameters
         ----------
         query_positions
             (batch, queries) int64, -1 for padding, which gives no score.
-        last
-            (batch,) int64, the last query's position, from which on nothing is forgotten.
+        first, last
+            (batch,) int64, the positions of the first and the last query of the forward; from the
+            last on nothing is forgotten.
         asked
             Which queries count.
 
@@ -188,6 +191,10 @@ class Scorer:
         counts = query_positions >= 0
         if asked.queries is not None:
             counts &= age < asked.queries
+        if asked.spread is not None:
+            step = asked.steps(last - first + 1)[:, None]
+            counts &= age % step == 0
+            weight = weight * step.minimum(query_positions - first[:, None] + 1)
         return weight.masked_fill(~counts, 0.0)
 
     def softmax(
@@ -226,6 +233,7 @@ class Scorer:
         plain: Tensor,
         query_positions: Tensor,
         key_positions: Tensor,
+        first: Tensor,
         last: Tensor,
     ) -> tuple[Tensor | None, ...]:
         """What queries together give to each key, of all that is asked.
@@ -234,7 +242,7 @@ class Scorer:
         ----------
         logits, plain, query_positions, key_positions
             Those of :meth:`softmax`.
-        last
+        first, last
             See :meth:`weight`.
 
         Returns
@@ -243,23 +251,42 @@ class Scorer:
             For each of :attr:`KeyformerConfig.asked`, float32, (batch, kv_heads, keys); None
             where none of the queries is asked.
         """
-        queries = logits.shape[3]
-        weights = [self.weight(query_positions, last, one) for one in self.config.asked]
-        # Most of a prompt need not be looked at where its last queries alone are asked.
-        looked_at = [
-            asked.queries is None or queries <= asked.queries or bool(weight.any())
-            for asked, weight in zip(self.config.asked, weights, strict=True)
-        ]
-        if not any(looked_at):
-            return (None,) * len(weights)
+        asked = self.config.asked
+        weights = [self.weight(query_positions, first, last, one) for one in asked]
+        # Most of a prompt need not be looked at where not all of its queries are asked.
+        if not any(one.of_all for one in asked):
+            counting = torch.stack(weights).any(dim=1)
+            looked_at = counting.any(dim=0).nonzero()[:, 0]
+            if not len(looked_at):
+                return (None,) * len(asked)
+            logits, plain = logits[..., looked_at, :], plain[..., looked_at, :]
+            query_positions = query_positions[:, looked_at]
+            weights = [weight[:, looked_at] for weight in weights]
         given = self.softmax(logits, plain, query_positions, key_positions)
         return tuple(
-            (
-                (weight[:, None, None, None] @ given).sum(dim=(2, 3))
-                if asked.kind == "sum"
-                else (given * weight[:, None, None, :, None]).amax(dim=(2, 3))
-            )
-            if wanted
+            self._together(one, given, weight, query_positions, key_positions, first, last)
+            if one.of_all or bool(weight.any())
             else None
-            for asked, weight, wanted in zip(self.config.asked, weights, looked_at, strict=True)
+            for one, weight in zip(asked, weights, strict=True)
         )
+
+    def _together(
+        self,
+        asked: Asked,
+        given: Tensor,
+        weight: Tensor,
+        query_positions: Tensor,
+        key_positions: Tensor,
+        first: Tensor,
+        last: Tensor,
+    ) -> Tensor:
+        """What is asked of ``given`` (batch, kv_heads, group, queries, keys)."""
+        if asked.kind == "largest":
+            return (given * weight[:, None, None, :, None]).amax(dim=(2, 3))
+        if asked.spread is not None:
+            closest = (asked.steps(last - first + 1) - 1)[:, None, None, None]
+            keys = key_positions[:, :, None, :]
+            near = query_positions[:, None, :, None] - keys < closest
+            near &= keys >= first[:, None, None, None]  # slots are alike far from all
+            given = given.masked_fill(near[:, :, None], 0)
+        return (weight[:, None, None, None] @ given).sum(dim=(2, 3))

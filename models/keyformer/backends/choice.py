@@ -85,8 +85,17 @@ def prefill(
     ):
         from keyformer.backends import triton
 
-        return triton.prefill(query, slots, new, spec, span, scorer)
+        library = config.backend == "auto" and unbroken and torch_backend.is_plain(slots, spec)
+        return triton.prefill(
+            query, slots, new, spec, span, scorer, library=library and _has_flash(query)
+        )
     return torch_backend.prefill(query, slots, new, spec, scorer, output_weights, unbroken)
+
+
+def _has_flash(query: Tensor) -> bool:
+    """Whether torch's attention needs no more memory than its output: by a flash kernel."""
+    half = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0
+    return half and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def stepping(

@@ -53,12 +53,8 @@ def prefill(
     unbroken
         Whether no sequence has padding among its new tokens.
     """
-    bent = spec.softcap is not None or spec.window is not None or spec.alibi_slopes is not None
-    if unbroken and not (bent or output_weights or scorer or slots.positions.shape[-1]):
-        output = scaled_dot_product_attention(
-            query, new.keys, new.values, is_causal=True, scale=spec.scale, enable_gqa=True
-        )
-        return Attended(output, new.positions, (), None)
+    if unbroken and is_plain(slots, spec) and not (output_weights or scorer):
+        return Attended(library_attention(query, new, spec), new.positions, (), None)
     batch, heads, queries, head_dim = query.shape
     kv_heads, held = slots.positions.shape[1:]
     group = heads // kv_heads
@@ -75,6 +71,7 @@ def prefill(
     output = torch.empty_like(query)
     weights = []
     last = new.positions[:, 0].amax(dim=-1)
+    first_new = last - (new.positions[:, 0] >= 0).sum(dim=-1) + 1
     # Padding without a place of its own asks from that of the last token before it.
     asking = new.places[:, 0].cummax(dim=-1).values
     if held:
@@ -115,7 +112,7 @@ def prefill(
         if scorer is not None:
             asked_at = new.positions[:, 0, start:end]
             with torch.no_grad():
-                given = scorer(logits, probability, asked_at, known, last)
+                given = scorer(logits, probability, asked_at, known, first_new, last)
             for one, every, some in zip(asked, received, given, strict=True):
                 if some is None:
                     continue
@@ -131,6 +128,19 @@ def prefill(
         positions=torch.cat([slots.positions, new.positions], dim=-1),
         received=received,
         weights=torch.cat(weights, dim=2) if output_weights else None,
+    )
+
+
+def is_plain(slots: Tokens, spec: AttentionSpec) -> bool:
+    """Whether new tokens attend to each other alone, by nothing but their products."""
+    bent = spec.softcap is not None or spec.window is not None or spec.alibi_slopes is not None
+    return not bent and not slots.positions.shape[-1]
+
+
+def library_attention(query: Tensor, new: Tokens, spec: AttentionSpec) -> Tensor:
+    """torch's own causal attention: output (batch, heads, queries, head_dim)."""
+    return scaled_dot_product_attention(
+        query, new.keys, new.values, is_causal=True, scale=spec.scale, enable_gqa=True
     )
 
 

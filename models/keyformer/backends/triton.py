@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from keyformer.attention import Attended, AttentionSpec, Tokens
+from keyformer.backends import torch as torch_backend
 from keyformer.kernels import decode as decode_kernels
 from keyformer.kernels import prefill as prefill_kernels
 from keyformer.kernels import reorder as reorder_kernels
 from keyformer.kernels.tiles import readable, readable_slopes
 from keyformer.precision import quantize
+from keyformer.rules.rule import Asked
 from keyformer.score import Scorer
 from keyformer.slots import Slots
 from keyformer.text import Span
@@ -35,11 +37,19 @@ def prefill(
     spec: AttentionSpec,
     span: Span,
     scorer: Scorer | None = None,
+    library: bool = False,
 ) -> Attended:
-    """:func:`keyformer.backends.torch.prefill` without weights; filled slots come before empty."""
+    """:func:`keyformer.backends.torch.prefill` without weights; filled slots come before empty.
+
+    Parameters
+    ----------
+    library
+        Whether torch's own attention may give the output, where no scores of all queries are
+        asked for, which come with it.
+    """
     if scorer is not None and not scorer.config.asked:
         scorer = None
-    query, alibi_slopes = readable(query), readable_slopes(spec.alibi_slopes)
+    query = readable(query)
     new = Tokens(*map(readable, (new.keys, new.values, new.positions, new.places)))
     slots = Tokens(
         slots.keys.contiguous(),
@@ -47,78 +57,138 @@ def prefill(
         slots.positions.contiguous(),
         slots.places.contiguous(),
     )
-    batch, heads, queries, head_dim = query.shape
-    kv_heads, held = slots.positions.shape[1:]
-    dim_block = max(16, triton.next_power_of_2(head_dim))
-    output = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=query.device)
-    sharpness = 1.0 if scorer is None else 1.0 / scorer.tau
-    row = 0 if scorer is None else scorer.row
-    noise = "none" if scorer is None else scorer.noise_drawn
-    long, short, warps, stages = prefill_kernels.tiling(dim_block * query.element_size())
-    padded = triton.cdiv(queries, long) * long
-    normal = query.new_empty(batch, heads, padded if scorer else 0, dtype=torch.float32)
-    hashes = normal.new_empty(normal.shape if noise != "none" else 0, dtype=torch.int32)
-    shape: dict[str, Any] = {
-        "GROUP": heads // kv_heads,
-        "HEAD_DIM": head_dim,
-        "DIM_BLOCK": dim_block,
-        "ALIBI": alibi_slopes is not None,
-        "NOISE": noise,
-    }
-    # One dimension: the others of a grid end at 65535 programs.
-    prefill_kernels.attend[(padded // long * batch * heads,)](
-        query,
-        new.keys,
-        new.values,
-        slots.keys,
-        slots.values,
-        slots.positions,
-        slots.places,
-        alibi_slopes,
-        (slots.positions >= 0).sum(dim=-1) if held else None,
-        span.columns,
-        output,
-        normal,
-        hashes,
-        None if scorer is None else scorer.whose_noise(batch, query.device),
-        *query.stride()[:3],
-        *new.keys.stride()[:3],
-        *new.values.stride()[:3],
-        queries,
-        padded,
-        held,
-        spec.scale,
-        sharpness,
-        math.log2(scorer.factor) if scorer is not None else 0.0,
-        math.log2(scorer.config.forgetting) if scorer is not None else 0.0,
-        row,
-        HEADS=heads,
-        SLOTS=held > 0,
-        SCORED=scorer is not None,
-        TAU_IS_1=sharpness == 1.0,
-        ONCE=scorer is not None and scorer.config.noise_schedule == "once",
-        NOISY=noise != "none" or sharpness != 1.0,
-        QUERY_BLOCK=long,
-        KEY_BLOCK=short,
-        num_warps=warps,
-        num_stages=stages,
-        **shape,
-    )
+    prompt = _Prompt(query, slots, new, spec, span)
+    asked = scorer.config.asked if scorer is not None else ()
+    of_all = any(one.of_all for one in asked)
+    if library and not of_all:
+        output, scoring = torch_backend.library_attention(query, new, spec), None
+    else:
+        output, scoring = prompt.attend(scorer if of_all else None)
     received = []
-    for asked in scorer.config.asked if scorer is not None else ():
-        scores = normal.new_empty(batch, kv_heads, held + queries)
-        received.append(scores)
-        for tokens, causal, at in ((slots, False, 0), (new, True, held)):
+    for one in asked:
+        if not one.of_all:
+            assert scorer is not None
+            _, scoring = prompt.attend(scorer, one)
+        assert scoring is not None
+        received.append(prompt.score(scoring, one))
+    positions = new.positions
+    if slots.positions.shape[-1]:
+        positions = torch.cat([slots.positions, positions], dim=-1)
+    return Attended(output, positions, tuple(received), None)
+
+
+class _Scoring(NamedTuple):
+    """What :meth:`_Prompt.score` needs of queries: log-sum-exps and hashes, and the scorer."""
+
+    normal: Tensor
+    hashes: Tensor
+    scorer: Scorer
+
+
+class _Prompt:
+    """New tokens and slots as :mod:`keyformer.kernels.prefill` reads them."""
+
+    def __init__(
+        self, query: Tensor, slots: Tokens, new: Tokens, spec: AttentionSpec, span: Span
+    ) -> None:
+        self.query, self.slots, self.new, self.spec, self.span = query, slots, new, spec, span
+        self.alibi_slopes = readable_slopes(spec.alibi_slopes)
+        head_dim = query.shape[-1]
+        self.kv_heads, self.held = slots.positions.shape[1:]
+        dim_block = max(16, triton.next_power_of_2(head_dim))
+        tiling = prefill_kernels.tiling(dim_block * query.element_size())
+        self.long, self.short, warps, stages = tiling
+        self.shape: dict[str, Any] = {
+            "GROUP": query.shape[1] // self.kv_heads,
+            "HEAD_DIM": head_dim,
+            "DIM_BLOCK": dim_block,
+            "ALIBI": self.alibi_slopes is not None,
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+
+    def attend(
+        self, scorer: Scorer | None, asked: Asked | None = None
+    ) -> tuple[Tensor, _Scoring | None]:
+        """Output (batch, heads, queries, head_dim), and what scores need; or this alone.
+
+        Parameters
+        ----------
+        asked
+            The queries that scores need it of, and then there is no output; None for all.
+        """
+        query, slots, new = self.query, self.slots, self.new
+        batch, heads, queries, head_dim = query.shape
+        kind, most = _which(asked, queries)
+        rows = queries if kind == "all" else min(queries, most)
+        padded = triton.cdiv(rows, self.long) * self.long
+        shown = queries if asked is None else 0
+        output = query.new_empty(batch, shown, heads, head_dim)
+        noise = "none" if scorer is None else scorer.noise_drawn
+        sharpness = 1.0 if scorer is None else 1.0 / scorer.tau
+        normal = query.new_empty(batch, heads, padded if scorer else 0, dtype=torch.float32)
+        hashes = normal.new_empty(normal.shape if noise != "none" else 0, dtype=torch.int32)
+        # One dimension: the others of a grid end at 65535 programs.
+        prefill_kernels.attend[(padded // self.long * batch * heads,)](
+            query,
+            new.keys,
+            new.values,
+            slots.keys,
+            slots.values,
+            slots.positions,
+            slots.places,
+            self.alibi_slopes,
+            (slots.positions >= 0).sum(dim=-1) if self.held else None,
+            self.span.columns,
+            output,
+            normal,
+            hashes,
+            None if scorer is None else scorer.whose_noise(batch, query.device),
+            *query.stride()[:3],
+            *new.keys.stride()[:3],
+            *new.values.stride()[:3],
+            queries,
+            padded,
+            self.held,
+            self.spec.scale,
+            sharpness,
+            math.log2(scorer.factor) if scorer is not None else 0.0,
+            math.log2(scorer.config.forgetting) if scorer is not None else 0.0,
+            0 if scorer is None else scorer.row,
+            most,
+            HEADS=heads,
+            SLOTS=self.held > 0,
+            SCORED=scorer is not None,
+            TAU_IS_1=sharpness == 1.0,
+            ONCE=scorer is not None and scorer.config.noise_schedule == "once",
+            NOISY=noise != "none" or sharpness != 1.0,
+            NOISE=noise,
+            OUTPUT=asked is None,
+            ASKED=kind,
+            QUERY_BLOCK=self.long,
+            KEY_BLOCK=self.short,
+            **self.shape,
+        )
+        scoring = None if scorer is None else _Scoring(normal, hashes, scorer)
+        return output.transpose(1, 2), scoring
+
+    def score(self, scoring: _Scoring, asked: Asked) -> Tensor:
+        """What the queries that are asked give, (batch, kv_heads, slots + queries) float32."""
+        normal, hashes, scorer = scoring
+        query, (batch, _, queries, _) = self.query, self.query.shape
+        kind, most = _which(asked, queries)
+        scores = normal.new_empty(batch, self.kv_heads, self.held + queries)
+        for tokens, causal, at in ((self.slots, False, 0), (self.new, True, self.held)):
             keys = tokens.keys.shape[2]
             if not keys:
                 continue
-            prefill_kernels.score[(triton.cdiv(keys, long) * batch * kv_heads,)](
+            prefill_kernels.score[(triton.cdiv(keys, self.long) * batch * self.kv_heads,)](
                 query,
                 tokens.keys,
                 tokens.positions,
                 tokens.places,
-                alibi_slopes,
-                span.columns,
+                self.alibi_slopes,
+                self.span.columns,
                 normal,
                 hashes,
                 scores[..., at:],
@@ -126,27 +196,33 @@ def prefill(
                 *tokens.keys.stride()[:3],
                 *tokens.positions.stride()[:2],
                 *tokens.places.stride()[:2],
-                held + queries,
+                self.held + queries,
                 queries,
-                padded,
+                normal.shape[-1],
                 keys,
-                spec.scale,
-                sharpness,
-                asked.queries or 0,
-                KV_HEADS=kv_heads,
-                QUERY_BLOCK=short,
-                KEY_BLOCK=long,
+                self.spec.scale,
+                1.0 / scorer.tau,
+                most,
+                KV_HEADS=self.kv_heads,
+                QUERY_BLOCK=self.short,
+                KEY_BLOCK=self.long,
                 CAUSAL=causal,
-                LIMITED=asked.queries is not None,
+                NOISE=scorer.noise_drawn,
+                ASKED=kind,
                 LARGEST=asked.kind == "largest",
-                num_warps=warps,
-                num_stages=stages,
-                **shape,
+                **self.shape,
             )
-    positions = new.positions
-    if held:
-        positions = torch.cat([slots.positions, positions], dim=-1)
-    return Attended(output.transpose(1, 2), positions, tuple(received), None)
+        return scores
+
+
+def _which(asked: Asked | None, queries: int) -> tuple[str, int]:
+    """Which queries of a forward are asked, as the kernels are told: a kind, and of how many."""
+    if asked is None or asked.of_all:
+        return "all", queries
+    if asked.spread is not None:
+        return "spread", asked.spread
+    assert asked.queries is not None
+    return "last", asked.queries
 
 
 def step(

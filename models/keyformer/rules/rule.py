@@ -33,6 +33,11 @@ class Asked:
         "largest".
     queries
         Only those of the last so many tokens of a forward; None for all.
+    spread
+        Of all queries about so many, evenly spaced, the last one of them. Of n queries every s-th
+        is asked, s = ceil(n / spread), and counts for the s that it ends. It tells of the tokens
+        s - 1 places before it and earlier: of those closer by, some would have been asked by their
+        nearest queries and some not. With n up to ``spread`` all are asked of all.
 
     Raises
     ------
@@ -42,12 +47,27 @@ class Asked:
 
     kind: str = "sum"
     queries: int | None = None
+    spread: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InputError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.queries is not None:
-            check_whole("queries", self.queries)
+        for name in ("queries", "spread"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name))
+        if self.spread is not None and (self.kind != "sum" or self.queries is not None):
+            raise InputError(f"spread is for the sum over all queries, got {self}")
+
+    @property
+    def of_all(self) -> bool:
+        """Whether every query is asked."""
+        return self.queries is None and self.spread is None
+
+    def steps(self, queries: Tensor) -> Tensor:
+        """From one query that is asked to the next, (batch,) of ``queries`` (batch,) int64."""
+        if self.spread is None:
+            return torch.ones_like(queries)
+        return (-(-queries // self.spread)).clamp(min=1)
 
     def merge(self, total: Tensor, more: Tensor) -> None:
         """Take what further queries gave into ``total``, in place."""
