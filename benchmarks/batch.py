@@ -27,7 +27,7 @@ def rows(speed: Speed) -> Iterator[Record]:
     flags = speed.flags
     for bench in speed.benches():
         for engine, config in speed.configs.items():
-            if config is None or engine not in flags.engine:
+            if not isinstance(config, KeyformerConfig) or engine not in flags.engine:
                 continue
             batch = largest(bench, config, flags.prompt, flags.new)
             labels = {"model": bench.shape, "prompt": flags.prompt, "new": flags.new}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from keyformer.config import KeyformerConfig
 from keyformer_evaluation.speed.script import Speed
 from keyformer_evaluation.speed.throughput import longest_text
 from keyformer_evaluation.speed.timing import Record
@@ -46,7 +47,7 @@ def rows(speed: Speed) -> Iterator[Record]:
                 measured = bench.attempt(
                     bench.generation, config, flags.batch, half, length - half, 1, flags.stretch
                 )
-                evicts = config is not None and config.budget(half) <= half
+                evicts = isinstance(config, KeyformerConfig) and config.budget(half) <= half
                 kept = bench.kept_bytes(config, flags.batch, half if evicts else length)
                 sizes = {"kv_gb": kept / 1e9, "weights_gb": bench.weight_bytes / 1e9}
                 yield labels | measured | sizes

@@ -150,6 +150,9 @@ class KeyformerCache(Cache):
             query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         if layer.length == self.text.length:  # no layer has been given these tokens before
             self._begin(query, real)
+            if (call := CALL.get()) and call.on_one_device and self.text.reserved:
+                for one in self.layers:
+                    one.reserve(key, value)
         new = layer.place(key, value)
         if torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in (key, value, layer.keys, layer.values)

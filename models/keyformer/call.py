@@ -26,6 +26,8 @@ class Call:
         (batch, tokens) bool: which of the new columns are tokens, False for padding.
     mask
         The same as the layers are given it, (batch, 1, 1, tokens).
+    on_one_device
+        Whether the whole model is, asked before the first layer of a first prompt.
     output_attentions
         Whether the layers' weights are asked for.
     rotation
@@ -37,6 +39,7 @@ class Call:
     cache: KeyformerCache
     real: Tensor
     mask: Tensor
+    on_one_device: bool = False
     output_attentions: bool = False
     rotation: Any = None
     handed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)

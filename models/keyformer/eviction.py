@@ -173,7 +173,9 @@ class Eviction:
             )
         return (taken[:, None] + given).expand(self.budget.shape).contiguous()
 
-    def chosen(self, positions: Tensor, scores: Tensor, slots: int) -> Tensor:
+    def chosen(
+        self, positions: Tensor, scores: Tensor, slots: int, unbroken: bool = False
+    ) -> Tensor | None:
         """Who of a first prompt stays where there are no slots yet: the best up to the budget.
 
         What :meth:`exchange` comes to without any slot to free, for a fraction of the work.
@@ -184,18 +186,37 @@ class Eviction:
             (batch, kv_heads, tokens) of the new tokens.
         slots
             At most this many stay.
+        unbroken
+            Whether all are tokens, of equal budgets, and shown.
 
         Returns
         -------
         Tensor
-            (batch, kv_heads, min(slots, tokens)) int64: their numbers in their order, and the
-            number of tokens where a sequence's budget or its tokens end.
+            (batch, kv_heads, count) int64: their numbers in their order. If not ``unbroken``,
+            count is min(slots, tokens), and after a sequence's own the number of tokens. None if
+            all stay.
         """
         tokens = positions.shape[-1]
+        beyond = self.window is not None and tokens >= self.window
+        if unbroken and not (beyond or self.config.dilation or scores.ndim == 4):
+            return self._chosen_by_place(positions, scores)
         ranks, best = self.ranks(positions, scores).topk(min(slots, tokens), dim=-1)
         place = torch.arange(best.shape[-1], device=positions.device)
         stays = (ranks >= OUT_OF_WINDOW) & (place < self.budget[..., None])
         return best.masked_fill(~stays, tokens).sort(dim=-1).values
+
+    def _chosen_by_place(self, positions: Tensor, scores: Tensor) -> Tensor | None:
+        """:meth:`chosen` where place and position are one: sinks, the best, the recent window."""
+        tokens, budget = positions.shape[-1], self.text.largest_budget
+        if tokens <= budget:
+            return None
+        sinks, recent = min(self.config.sinks, budget), self.config.recent_window(budget)
+        every = torch.arange(tokens, device=positions.device).expand(positions.shape)
+        compete = self._weighed(scores, positions)[..., sinks : tokens - recent]
+        # Of equals the older comes first.
+        order = compete.sort(dim=-1, descending=True, stable=True).indices
+        best = order[..., : budget - sinks - recent].sort(dim=-1).values + sinks
+        return torch.cat([every[..., :sinks], best, every[..., tokens - recent :]], dim=-1)
 
     def exchange(
         self, positions: Tensor, scores: Tensor, slots: int

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +25,19 @@ import triton
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keyformer.kernels import linear, norm, rotary
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from keyformer.kernels.norm import DTYPES
 
 VIEWS = (Tensor.view, Tensor.transpose)
 """What leads to the numbers of a tensor without reading them."""
+
+HARMLESS = {
+    *(torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty),
+    *(torch.ops.aten.view, torch.ops.aten.transpose, torch.ops.aten.as_strided),
+}
+"""Operations that read and write no number."""
 
 QUESTIONS = (Tensor.size, Tensor.stride, Tensor.dim, Tensor.numel, Tensor.is_contiguous)
 """What does not look at the numbers of a tensor."""
@@ -37,8 +45,8 @@ QUESTIONS = (Tensor.size, Tensor.stride, Tensor.dim, Tensor.numel, Tensor.is_con
 ROTATION = "apply_rotary_pos_emb"
 """What transformers' models call the function that rotates queries and keys."""
 
-ROTATED = ("q", "k", "cos", "sin")
-"""What it takes."""
+ROTATED = ("q", "k", "cos", "sin", "unsqueeze_dim")
+"""What it takes, the last not always."""
 
 
 @dataclass(eq=False)
@@ -55,6 +63,9 @@ class Deferred:
         Of the result.
     holders
         The tensor that is to hold it, and views of that: once all are gone, nobody reads it.
+    used
+        Whether it has been computed together with what follows it, so that itself it will
+        hardly be read.
     """
 
     x: Tensor
@@ -64,6 +75,7 @@ class Deferred:
     shape: torch.Size
     strides: tuple[int, ...]
     holders: list[weakref.ref[Tensor]] = field(default_factory=list)
+    used: bool = False
 
     @property
     def result(self) -> Tensor | None:
@@ -86,13 +98,15 @@ class FewRows(TorchFunctionMode):
         kernels', which may wait for the device.
     """
 
+    alone = threading.RLock()
+    """One step at a time: others would take what stands in for a model's functions for these."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.deferred: dict[int, Deferred] = {}
-        self.swapped: list[tuple[dict[str, Any], str, Any]] = [
-            *((vars(module), "forward", forward) for module, forward in _rms_norms(model)),
-            *((names, ROTATION, rotate) for names, rotate in _rotations(model)),
-        ]
+        self.guard = _Guard(self)
+        with self.alone:
+            self.norms, self.rotations = _rms_norms(model), _rotations(model)
         self.understood: dict[Any, Callable[..., Any]] = {
             functional.linear: self._linear,
             functional.dropout: _dropout,
@@ -109,26 +123,27 @@ class FewRows(TorchFunctionMode):
         }
 
     def __enter__(self) -> FewRows:
-        self._swap()
+        self.alone.acquire()
+        for module, forward in self.norms:
+            vars(module)["forward"] = forward
+        for names, _, rotate in self.rotations:
+            names[ROTATION] = rotate
+        self.guard.__enter__()
         return super().__enter__()
 
     def __exit__(self, kind: Any, *error: Any) -> None:
         super().__exit__(kind, *error)
-        self._swap()
-        if kind is None:
-            self._settle_all()
-        self.deferred.clear()
-
-    def _swap(self) -> None:
-        """Put what stands in for a model's own functions in their place, or take it back."""
-        swapped = []
-        for names, name, ours in self.swapped:
-            swapped.append((names, name, names.get(name)))
-            if ours is None:
-                del names[name]
-            else:
-                names[name] = ours
-        self.swapped = swapped
+        self.guard.__exit__(kind, *error)
+        for module, _ in self.norms:
+            del vars(module)["forward"]
+        for names, theirs, _ in self.rotations:
+            names[ROTATION] = theirs
+        try:
+            if kind is None:
+                self.settle_all()
+        finally:
+            self.deferred.clear()
+            self.alone.release()
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -140,45 +155,50 @@ class FewRows(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         name = getattr(function, "__name__", "")
-        if function in VIEWS or function in QUESTIONS or name == "__get__":
+        as_it_is = not any(isinstance(one, torch.dtype) for one in (*args, *kwargs.values()))
+        if (function in VIEWS and as_it_is) or function in QUESTIONS or name == "__get__":
             result = function(*args, **kwargs)
-            if isinstance(result, Tensor) and (deferred := self._find(result)):
+            if deferred := self._find(result):
                 deferred.holders.append(weakref.ref(result))
             return result
-        changes = name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")
-        if changes or "out" in kwargs or kwargs.get("inplace") or any(a is True for a in args):
-            self._settle_all()  # what they are computed from may be what is changed
-        for argument in (*args, *kwargs.values()):
-            self._settle(*(argument if isinstance(argument, (tuple, list)) else (argument,)))
-        return self.replaced.get(function, function)(*args, **kwargs)
+        # Whatever it is, it may read what is deferred; of what has been used that is unlikely.
+        self.settle_all(used_too=name == "__set__")
+        self.settle(*args, *kwargs.values())
+        if function in self.replaced:
+            with self.guard.trusting():
+                return self.replaced[function](*args, **kwargs)
+        return function(*args, **kwargs)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         if not _fits(input, weight, bias):
             return NotImplemented
-        self._settle(input)
+        self.settle(input, weight, bias)
         return self._defer(input, weight, bias, "none")
 
     def _silu(self, input: Tensor, inplace: bool = False) -> Any:
         return NotImplemented if inplace else self._activated(input, "silu")
 
     def _gelu(self, input: Tensor, approximate: str = "none") -> Any:
-        return self._activated(input, "gelu" if approximate == "none" else "gelu by tanh")
+        activation = {"none": "gelu", "tanh": "gelu by tanh"}.get(approximate)
+        return NotImplemented if activation is None else self._activated(input, activation)
 
     def _activated(self, input: Tensor, activation: str) -> Any:
         before = self._plain(input)
         if before is None:
             return NotImplemented
+        before.used = True
         return self._defer(before.x, before.weight, before.bias, activation)
 
     def _mul(self, input: Any, other: Any, *, out: Any = None) -> Any:
         """A gated unit: the activation of one linear map, times another of the same input."""
         for gate, up in ((input, other), (other, input)):
-            first, second = self._find(gate), self._plain(up)
+            first, second = self._whole(gate), self._plain(up)
             if first is None or second is None or out is not None or first.activation == "none":
                 continue
-            if first.x is second.x and first.shape == gate.shape == second.shape:
+            if first.x is second.x and first.shape == second.shape:
                 product = torch.empty_like(up)
-                linear.linear(
+                first.used = second.used = True
+                self._launch(
                     first.x,
                     [first.weight, second.weight],
                     [first.bias, second.bias],
@@ -189,17 +209,16 @@ class FewRows(TorchFunctionMode):
                 return product
         return NotImplemented
 
-    def _add(self, input: Any, other: Any, *, alpha: Any = 1, out: Any = None) -> Any:
+    def _add(self, input: Any, other: Any, *rest: Any, **options: Any) -> Any:
         """A linear map and what it is added to."""
         for summand, residual in ((other, input), (input, other)):
             deferred = self._plain(summand)
-            if deferred is None or alpha != 1 or out is not None:
-                continue
-            if isinstance(residual, Tensor) and _alike(summand, residual):
-                self._settle(residual)
+            if deferred is not None and not (rest or options) and _alike(summand, residual):
+                self.settle(residual)
                 total = torch.empty_like(summand)
+                deferred.used = True
                 x, weight, bias = deferred.x, deferred.weight, deferred.bias
-                linear.linear(x, [weight], [bias], [total], residual=residual)
+                self._launch(x, [weight], [bias], [total], residual=residual)
                 return total
         return NotImplemented
 
@@ -213,43 +232,62 @@ class FewRows(TorchFunctionMode):
 
     def _find(self, tensor: Any) -> Deferred | None:
         """What is to be computed before this can be read."""
-        if type(tensor) is not Tensor or not self.deferred:
+        if type(tensor) is not Tensor or tensor.layout != torch.strided or not self.deferred:
             return None
-        at = tensor.untyped_storage().data_ptr()
+        try:
+            at = tensor.untyped_storage().data_ptr()
+        except NotImplementedError:  # as inside of vmap
+            return None
         deferred = self.deferred.get(at)
         if deferred is not None and deferred.result is None:  # the memory is another's now
             del self.deferred[at]
             return None
         return deferred
 
-    def _plain(self, tensor: Any) -> Deferred | None:
-        """The linear map whose result this is, all of it, without an activation."""
+    def _whole(self, tensor: Any) -> Deferred | None:
+        """What is to be computed and is this tensor, not another view of it."""
         deferred = self._find(tensor)
-        if deferred is None or deferred.activation != "none" or deferred.shape != tensor.shape:
+        if deferred is None or (deferred.shape, deferred.strides) != (
+            tensor.shape,
+            tensor.stride(),
+        ):
             return None
-        return deferred if tensor.is_contiguous() else None
+        return deferred if tensor.dtype == deferred.x.dtype else None
 
-    def _settle(self, *tensors: Any) -> None:
-        """Compute what these are to hold, and with it further maps of the same input."""
-        for tensor in tensors:
-            if (deferred := self._find(tensor)) is not None:
+    def _plain(self, tensor: Any) -> Deferred | None:
+        """The same of a linear map without an activation."""
+        deferred = self._whole(tensor)
+        return deferred if deferred is not None and deferred.activation == "none" else None
+
+    def settle(self, *read: Any) -> None:
+        """Compute what these are to hold, tensors or lists of them."""
+        for one in read:
+            if isinstance(one, (tuple, list)):
+                self.settle(*one)
+            elif (deferred := self._find(one)) is not None:
                 self._compute(deferred)
 
-    def _settle_all(self) -> None:
-        while self.deferred:
-            self._compute(next(iter(self.deferred.values())))
+    def settle_all(self, used_too: bool = True) -> None:
+        """Compute all that is deferred, or what has not been used."""
+        while waiting := [one for one in self.deferred.values() if used_too or not one.used]:
+            self._compute(waiting[0])
+
+    def _launch(self, *arguments: Any, **options: Any) -> None:
+        with self.guard.trusting():
+            linear.linear(*arguments, **options)
 
     def _compute(self, deferred: Deferred) -> None:
         x, activation = deferred.x, deferred.activation
         together = [deferred]
         if activation == "none":
             alike = (one for one in self.deferred.values() if one.x is x)
-            others = [one for one in alike if one.activation == "none" and one is not deferred]
+            others = [one for one in alike if one.activation == "none" and not one.used]
+            others = [one for one in others if one is not deferred]
             together += others[: linear.MOST_MATRICES - 1]
         self.deferred = {at: one for at, one in self.deferred.items() if one not in together}
         wanted = [(one, result) for one in together if (result := one.result) is not None]
         if wanted:
-            linear.linear(
+            self._launch(
                 x,
                 [one.weight for one, _ in wanted],
                 [one.bias for one, _ in wanted],
@@ -265,73 +303,142 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 def _fits(x: Tensor, weight: Any, bias: Any) -> bool:
     """Whether the kernel can take a linear map."""
     read = [x, weight] if bias is None else [x, weight, bias]
-    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in read):
+    if not all(map(_is_dense, read)) or not x.ndim or not x.numel() or x.dtype not in DTYPES:
         return False  # such as quantized weights
-    if torch.is_autocast_enabled(x.device.type) or x.dtype not in DTYPES or not x.numel():
+    if torch.is_autocast_enabled(x.device.type):
         return False
-    alike = all(t.dtype == x.dtype and t.device == x.device and t.is_contiguous() for t in read)
-    few = weight.ndim == 2 and len(weight) and x.numel() <= linear.MOST_ROWS * x.shape[-1]
-    return alike and bool(few) and (x.is_cuda or triton.knobs.runtime.interpret)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in read):
+        return False
+    matches = weight.shape[1:] == x.shape[-1:] and len(weight) > 0
+    matches &= bias is None or bias.shape == weight.shape[:1]
+    alike = all(tensor.dtype == x.dtype and tensor.device == x.device for tensor in read)
+    few = x.numel() <= linear.MOST_ROWS * x.shape[-1]
+    return matches and alike and few and (x.is_cuda or triton.knobs.runtime.interpret)
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device) and (
-        one.is_contiguous() and other.is_contiguous()
-    )
+def _is_dense(tensor: Any) -> bool:
+    """Whether it is torch's own, with all its numbers side by side in memory."""
+    own = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return own and tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj())
+
+
+def _alike(one: Tensor, other: Any) -> bool:
+    known = _is_dense(other) and not other.requires_grad
+    return known and (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+class _Guard(TorchDispatchMode):
+    """Sees also what reads or writes numbers without being called as a function of torch."""
+
+    def __init__(self, of: FewRows) -> None:
+        super().__init__()
+        self.of, self.trusts = of, False
+
+    @contextmanager
+    def trusting(self) -> Iterator[None]:
+        """Within, kernels are launched that read nothing deferred, and write what is new."""
+        self.trusts = True
+        try:
+            yield
+        finally:
+            self.trusts = False
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if operation.overloadpacket not in HARMLESS and not self.trusts:
+            if operation._schema.is_mutable:  # it may be what something is computed from
+                self.of.settle_all()
+            self.of.settle(*args, *kwargs.values())
+        return operation(*args, **kwargs)
 
 
 def _rms_norms(model: nn.Module) -> list[tuple[nn.Module, Callable[..., Tensor]]]:
     """The modules of a model that compute torch's rms_norm in steps, and that itself."""
-    found, kinds = [], {}
+    found: list[tuple[nn.Module, Callable[..., Tensor]]] = []
+    kinds: dict[Any, bool] = {}
     for module in model.modules():
         kind, weight = type(module), getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if not kind.__name__.endswith("RMSNorm") or not isinstance(weight, Tensor):
+        if not kind.__name__.endswith("RMSNorm") or not isinstance(weight, nn.Parameter):
             continue
-        if not isinstance(eps, float) or weight.ndim != 1 or "forward" in vars(module):
+        takes_one = len(inspect.signature(kind.forward).parameters) == 2  # itself is the other
+        if not takes_one or not isinstance(eps, float) or "forward" in vars(module):
             continue
-        if kind not in kinds:
-            x = torch.linspace(-2, 3, len(weight), dtype=weight.dtype, device=weight.device)
+        settings = {name: value for name, value in vars(module).items() if _is_setting(value)}
+        like = (kind, weight.dtype, *settings.items())
+        if like not in kinds:
+            x = torch.linspace(-2, 3, weight.shape[-1], dtype=weight.dtype, device=weight.device)
             got = functional.rms_norm(x[None], weight.shape, weight, eps)
-            kinds[kind] = _close(kind.forward(module, x[None]), got)
-        if kinds[kind]:
-            found.append((module, _rms_norm(weight, eps)))
+            kinds[like] = _close(kind.forward(module, x[None]), got)
+        if kinds[like]:
+            found.append((module, _rms_norm(module, weight, eps)))
     return found
 
 
-def _rms_norm(weight: Tensor, eps: float) -> Callable[..., Tensor]:
-    def forward(hidden_states: Tensor) -> Tensor:
-        return functional.rms_norm(hidden_states, weight.shape, weight, eps)
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _rms_norm(module: nn.Module, weight: Tensor, eps: float) -> Callable[..., Tensor]:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        (x,) = (*args, *kwargs.values())
+        if x.dtype != weight.dtype:
+            return type(module).forward(module, x)  # type: ignore[attr-defined]
+        return functional.rms_norm(x, weight.shape, weight, eps)
 
     return forward
 
 
-def _rotations(model: nn.Module) -> list[tuple[dict[str, Any], Callable[..., Any]]]:
-    """The names of the modules that a model is written in, and what rotates halves there."""
+def _rotations(model: nn.Module) -> list[tuple[dict[str, Any], Any, Callable[..., Any]]]:
+    """Where the modules that a model is written in have a function that rotates halves, that
+    function, and what stands in for it."""
     found = []
     query, key, cos, sin = torch.linspace(-2, 3, 40).split([16, 8, 8, 8])
     query, key, cos, sin = query.view(1, 2, 1, 8), key.view(1, 1, 1, 8), cos[None], sin[None]
     expected = [x * cos + torch.cat([-x[..., 4:], x[..., :4]], dim=-1) * sin for x in (query, key)]
     for source in {type(module).__module__ for module in model.modules()}:
-        names = vars(sys.modules[source])
+        names = vars(sys.modules[source]) if source in sys.modules else {}
         theirs = names.get(ROTATION)
-        if theirs is None or tuple(inspect.signature(theirs).parameters)[:4] != ROTATED:
+        if theirs is None:
             continue
-        if all(map(_close, theirs(query, key, cos[None], sin[None]), expected)):
-            found.append((names, _rotation(theirs)))
+        takes = tuple(inspect.signature(theirs).parameters)
+        if takes not in (ROTATED, ROTATED[:-1]):
+            continue
+        try:
+            got = theirs(query, key, cos[None], sin[None])
+        except RuntimeError:  # it takes angles of another shape
+            continue
+        if all(map(_close, got, expected)):
+            found.append((names, theirs, _rotation(theirs)))
     return found
 
 
 def _rotation(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        whole = cos.ndim == 3 and q.shape[-1] == k.shape[-1] == cos.shape[-1]
-        alike = {q.dtype, k.dtype, cos.dtype, sin.dtype} <= {q.dtype} & set(DTYPES)
-        if args or kwargs.get("unsqueeze_dim", 1) != 1 or not whole or not alike:
+        if args or kwargs.get("unsqueeze_dim", 1) != 1 or not _fit_together(q, k, cos, sin):
             return theirs(q, k, cos, sin, *args, **kwargs)
         return rotary.rotate_halves(q, k, cos, sin)
 
     return rotate
 
 
+def _fit_together(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether the kernel can rotate these: all of one dtype, and angles for each token."""
+    if not q.ndim == k.ndim == 4 or cos.ndim != 3 or cos.shape != sin.shape:
+        return False
+    batch, _, tokens, head_dim = q.shape
+    if (len(k), *k.shape[2:]) != (batch, tokens, head_dim) or head_dim % 2:
+        return False
+    alike = {(one.dtype, one.device) for one in (q, k, cos, sin)}
+    angles = cos.shape in ((1, tokens, head_dim), (batch, tokens, head_dim))
+    return angles and len(alike) == 1 and q.dtype in DTYPES
+
+
 def _close(got: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(got.float(), expected.float(), rtol=2**-6, atol=2**-6)
+    """Alike but for rounding in 16 bits, for numbers of any size."""
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return False
+    least = 2**-6 * float(expected.abs().max())
+    return torch.allclose(got.float(), expected.float(), rtol=2**-6, atol=least)

@@ -64,6 +64,7 @@ class KeyformerLayer(Slots, CacheLayerMixin):
         """Forget everything."""
         self.is_initialized = False
         self.length = 0
+        self.room = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch size, heads, dtype and device from the first keys; no slots yet."""
@@ -309,14 +310,22 @@ class KeyformerLayer(Slots, CacheLayerMixin):
             if budget is not eviction.budget:
                 self.own_budget, self.own_largest = budget, int(budget.max())
                 eviction = replace(eviction, budget=budget)
-            wanted = self._wanted()
-            chosen = eviction.chosen(new.positions, ranked_by, wanted)
-            self.fill(new, new_scores, chosen, wanted)
+            columns, wanted = text.columns, self._wanted()
+            unbroken = not (columns.padded or columns.hides) and self.own_budget is None
+            chosen = eviction.chosen(new.positions, ranked_by, wanted, unbroken)
+            self.fill(new, new_scores, chosen, wanted, unbroken)
             return
         positions = torch.cat([self.positions, new.positions], dim=-1)
         exchanged = eviction.exchange(positions, ranked_by, slots)
         write = self.rewrite if differentiates else self.overwrite
         write(new, new_scores, *exchanged)
+
+    def reserve(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for what is left of a first prompt, and for what is to follow it."""
+        if self.config.policy is None:
+            self.lazy_initialization(key_states, value_states)
+            self.make_room(self._wanted())
+            self.is_initialized = False  # its own keys may be others
 
     def _wanted(self) -> int:
         """Slots for every token so far, up to the largest budget."""

@@ -108,6 +108,7 @@ class KeyformerModelMixin(Patched):
 
     config: Any
     training: bool
+    parameters: Callable[..., Any]
     keyformer_config = KeyformerConfig()
     alibi: str | None = None
     layers_look_up = False
@@ -208,6 +209,8 @@ class KeyformerModelMixin(Patched):
         if not self._takes_positions:
             return None
         as_stock = cache.columns.whole or cache.columns.counted
+        if cache.replays and not cache.columns.padded and real.shape[1] == 1:
+            as_stock = False  # the same number, but on the device: a graph may be replayed
         if cache.config.positions == "new" or not (cache.config.never_evicts and as_stock):
             return cache.next_places(real).clamp(min=0)
         cache.columns.counted = True
@@ -216,6 +219,10 @@ class KeyformerModelMixin(Patched):
     @property
     def _takes_positions(self) -> bool:
         return "position_ids" in _argument_names(type(self))
+
+    def counts_alone(self, cache: KeyformerCache) -> bool:
+        """Whether without ``position_ids`` a step stands where the host counts that it does."""
+        return cache.columns.padded and cache.config.never_evicts and self._takes_positions
 
     @property
     def counts_tokens(self) -> bool:
@@ -233,10 +240,12 @@ class KeyformerModelMixin(Patched):
         # transformers hands a mask of four dimensions through as it is, and so builds none of
         # n x n entries.
         mask = real[:, None, None]
+        first = not cache.text.length
         call = Call(
             cache,
             real,
             mask,
+            on_one_device=first and len({one.device for one in self.parameters()}) == 1,
             output_attentions=served.outputs_attentions(self, inputs),
             rotation=self._rotation(cache, position_ids),
         )

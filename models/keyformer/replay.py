@@ -53,6 +53,8 @@ def replayed(model: nn.Module, arguments: dict[str, Any]) -> ModelOutput | None:
     given = {name for name, value in arguments.items() if value is not None and value is not False}
     if given.difference(INPUTS, IGNORED) or not arguments.get("return_dict", True):
         return None
+    if "position_ids" not in given and model.get_decoder().counts_alone(cache):  # type: ignore
+        return None
     inputs = {name: arguments[name][:, -1:] for name in INPUTS if name in given}
     graph = cache.graph
     if graph is None or not graph.fits(model, cache, inputs):

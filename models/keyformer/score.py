@@ -252,6 +252,8 @@ class Scorer:
             where none of the queries is asked.
         """
         asked = self.config.asked
+        if not asked:
+            return ()
         weights = [self.weight(query_positions, first, last, one) for one in asked]
         # Most of a prompt need not be looked at where not all of its queries are asked.
         if not any(one.of_all for one in asked):

@@ -36,6 +36,8 @@ class Slots:
     own_budget, own_largest
         (batch, kv_heads) int64: the slots of each head, if a policy has shared them out, and
         the largest of them; None where all heads have what the text gives them.
+    room
+        What :meth:`make_room` has allocated, by attribute, until it is used.
     finished
         (batch, kv_heads, kernels.COUNTS) int32, zeros: the decode kernel's programs count
         themselves here.
@@ -55,6 +57,7 @@ class Slots:
     own_budget: Tensor | None
     own_largest: int | None
     finished: Tensor
+    room: dict[str, Tensor]
 
     def make_slots(self, key: Tensor, value: Tensor, kind: str, rules: int) -> None:
         """Take batch size, heads, dtype and device from first keys and values; no slots yet.
@@ -89,22 +92,56 @@ class Slots:
             dequantize(self.values, self.value_scales, self.kind, self.dtype),
         )
 
-    def fill(self, new: Tokens, scores: Tensor, chosen: Tensor, slots: int) -> None:
+    def make_room(self, slots: int) -> None:
+        """Allocate ahead what :meth:`fill` will make of that many slots.
+
+        Slots that outlive a prompt, and are allocated one layer after the other among its short
+        lived tensors, leave gaps between them in which few of the next layer's find a place.
+        """
+        self.room = {
+            name: (none := getattr(self, name)).new_empty(*none.shape[:2], slots, *none.shape[3:])
+            for name in self.per_slot
+        }
+
+    def fill(
+        self, new: Tokens, scores: Tensor, chosen: Tensor | None, slots: int, unbroken: bool
+    ) -> None:
         """Make slots of chosen new tokens, and further empty ones.
 
         Parameters
         ----------
         scores
             (batch, kv_heads, tokens), or with a last dimension for rules: of the new tokens.
-        chosen
-            (batch, kv_heads, count) int64: their numbers in order, and for none of them the number
-            of tokens.
+        chosen, unbroken
+            What :meth:`keyformer.eviction.Eviction.chosen` gave for them.
         """
-        empty = chosen == new.positions.shape[-1]
-        stored = self._stored(new, scores, chosen.masked_fill(empty, 0))
-        stored["positions"].masked_fill_(empty, EMPTY)
+        if chosen is None:
+            stored = self._held(new.keys, new.values, new.positions, scores)
+        elif unbroken:
+            stored = self._stored(new, scores, chosen)
+        else:
+            empty = chosen == new.positions.shape[-1]
+            stored = self._stored(new, scores, chosen.masked_fill(empty, 0))
+            stored["positions"].masked_fill_(empty, EMPTY)
         for name, held in stored.items():
-            setattr(self, name, _with_slots(held, slots, name))
+            setattr(self, name, self._in_room(name, held, slots, copies=chosen is None))
+        self.room = {}
+
+    def _in_room(self, name: str, held: Tensor, slots: int, copies: bool) -> Tensor:
+        """The same in ``slots`` of its own: those allocated ahead where they fit."""
+        room, count = self.room.get(name), held.shape[2]
+        shape = (*held.shape[:2], slots, *held.shape[3:])
+        if room is None or (room.shape, room.dtype, room.device) != (
+            shape,
+            held.dtype,
+            held.device,
+        ):
+            if count == slots and copies:
+                return held.clone(memory_format=torch.contiguous_format)
+            return _with_slots(held, slots, name)
+        room[:, :, :count] = held
+        room[:, :, count:] = EMPTY if name == "positions" else 0
+        return room
 
     def overwrite(
         self, new: Tokens, scores: Tensor, freed: Tensor, staying: Tensor, any_stay: Tensor

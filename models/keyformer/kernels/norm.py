@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from keyformer.kernels.early import early, let_next_start, wait
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 WIDEST = 16384
 """Elements of a row that a program's registers hold."""
 
@@ -84,7 +86,10 @@ def _known(input: Tensor, normalized_shape: Sequence[int], *parameters: Tensor |
     read = [tensor for tensor in (input, *parameters) if tensor is not None]
     width = input.shape[-1]
     side_by_side = all(tensor.is_contiguous() for tensor in read)
-    return tuple(normalized_shape) == (width,) and 0 < width <= WIDEST and side_by_side
+    known = all(tensor.dtype in DTYPES for tensor in read)
+    fits = all(tensor.shape == (width,) for tensor in read[1:])
+    fits &= tuple(normalized_shape) == (width,) and 0 < width <= WIDEST
+    return side_by_side and known and fits
 
 
 def _normalized(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import KeyformerConfig
 from keyformer.integration import enable_keyformer
 from keyformer_evaluation.speed.shapes import model_config
 
-ENGINES = ("stock", "full", "window", "h2o", "keyformer")
-"""transformers' own model, and methods of this one: full keeps all, window scores nothing."""
+ENGINES = ("stock", "static", "full", "window", "h2o", "keyformer")
+"""transformers' own model, the same with a static cache and its decode step compiled, and methods
+of this one: full keeps all, window scores nothing."""
+
+Method = KeyformerConfig | Literal["static"] | None
+"""What an engine does: a method of this repository; "static"; or None, stock transformers."""
 
 
 class Engines:
@@ -47,21 +51,25 @@ class Engines:
         self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
         self.head_dim = config.hidden_size // self.heads
 
-    def model(self, config: KeyformerConfig | None) -> PreTrainedModel:
-        """The model that runs a method; None is stock transformers."""
-        return self.stock if config is None else enable_keyformer(self.evicting, config)
+    def model(self, config: Method) -> PreTrainedModel:
+        """The model that runs a method."""
+        if not isinstance(config, KeyformerConfig):
+            return self.stock
+        return enable_keyformer(self.evicting, config)
 
-    def cache(self, config: KeyformerConfig | None, new_tokens: int = 1) -> Any:
-        """An empty cache for a prompt and ``new_tokens`` after it."""
+    def cache(self, config: Method, new_tokens: int = 1, prompt: int = 0) -> Any:
+        """An empty cache for a prompt and ``new_tokens`` after it; a static one for ``prompt``."""
         if config is None:
             return DynamicCache(config=self.stock.config)
+        if config == "static":
+            return StaticCache(config=self.stock.config, max_cache_len=prompt + new_tokens)
         cache = KeyformerCache(self.evicting.config, config)
         cache.max_new_tokens = new_tokens
         return cache
 
-    def filled(self, batch: int, length: int) -> DynamicCache:
-        """stock's cache with random keys and values, as after prompts of any length."""
-        cache = self.cache(None)
+    def filled(self, config: Method, batch: int, length: int, new_tokens: int = 1) -> Any:
+        """transformers' cache with random keys and values, as after prompts of any length."""
+        cache = self.cache(config, new_tokens, length)
         shape = (batch, self.kv_heads, length, self.head_dim)
         for layer in range(self.layers):
             pair = torch.randn(2, *shape, dtype=self.stock.dtype, device=self.device)

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.generation import CompileConfig
 
 from keyformer.config import KeyformerConfig
+from keyformer_evaluation.speed.engines import Method
 from keyformer_evaluation.speed.roofline import Roofline
 from keyformer_evaluation.speed.timing import Record, median_ms, peak_gb, reset_peak, wait
 
@@ -19,31 +21,35 @@ STEPS = 4
 class Latency(Roofline):
     """How long one call of a model takes."""
 
-    def prefill(self, config: KeyformerConfig | None, batch: int, prompt: int) -> Record:
+    def prefill(self, config: Method, batch: int, prompt: int) -> Record:
         """Median time of a prompt, and the most memory beside the weights."""
         model, text = self.model(config), self.tokens(batch, prompt)
         held: list[Any] = []
 
         def run() -> None:
-            held[:] = [self.cache(config)]
+            held[:] = [self.cache(config, prompt=prompt)]
             model(input_ids=text, past_key_values=held[0], use_cache=True, logits_to_keep=1)
 
         before = reset_peak(self.device)
         ms = median_ms(run, self.device, self.repeats)
         return {"ms": ms, "peak_gb": peak_gb(self.device, before)}
 
-    def decode_step(self, config: KeyformerConfig | None, batch: int, prompt: int) -> Record:
+    def decode_step(self, config: Method, batch: int, prompt: int) -> Record:
         """Median time of a decode step after a prompt, of STEPS in a row, and of its capture."""
         model, token = self.model(config), self.tokens(batch, 1)
-        if config is None:
-            cache: Any = self.filled(batch, prompt)
+        evicting = isinstance(config, KeyformerConfig)
+        if not evicting:
+            cache = self.filled(config, batch, prompt, new_tokens=STEPS * (self.repeats + 2) + 2)
         else:
             cache = self.cache(config, new_tokens=prompt)
             text = self.tokens(batch, prompt)
             model(input_ids=text, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        run: Callable[..., Any] = model
+        if config == "static":  # as transformers compiles the steps of ``generate``
+            run = model.get_compiled_call(CompileConfig())
 
         def step() -> None:  # without a mask, which would be looked at before a replay
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            run(input_ids=token, past_key_values=cache, use_cache=True, return_dict=True)
 
         step()  # compiles the kernels
         wait(self.device)
@@ -66,7 +72,7 @@ class Latency(Roofline):
             "capture_ms": capture_ms if captured else None,
         }
 
-    def attention(self, config: KeyformerConfig | None, batch: int, prompt: int) -> float:
+    def attention(self, config: Method, batch: int, prompt: int) -> float:
         """Median ms of what all layers of a decode step do between query and output; not stock's.
 
         Their keys and values are random. On a GPU the layers are captured and replayed.

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from keyformer.config import KeyformerConfig
-from keyformer_evaluation.speed.engines import Engines
+from keyformer_evaluation.speed.engines import Engines, Method
 from keyformer_evaluation.speed.timing import median_ms
 
 COPIED_BYTES = {"cuda": 2**32, "cpu": 2**26}
@@ -39,13 +39,15 @@ class Roofline(Engines):
         self.weight_bytes = step_weight_bytes(self.stock)
         self.bandwidth = copy_bandwidth(device, repeats)
 
-    def kept_bytes(self, config: KeyformerConfig | None, batch: int, prompt: int) -> int:
+    def kept_bytes(self, config: Method, batch: int, prompt: int) -> int:
         """Bytes of keys and values that a step after a prompt reads."""
-        kept = prompt if config is None else min(prompt, config.budget(prompt))
+        kept = prompt
+        if isinstance(config, KeyformerConfig):
+            kept = min(prompt, config.budget(prompt))
         of_token = 2 * self.layers * self.kv_heads * self.head_dim * self.stock.dtype.itemsize
         return batch * kept * of_token
 
-    def floor_ms(self, config: KeyformerConfig | None, batch: int, prompt: int) -> float:
+    def floor_ms(self, config: Method, batch: int, prompt: int) -> float:
         """The least time of a decode step after a prompt."""
         read = self.weight_bytes + self.kept_bytes(config, batch, prompt)
         return 1e3 * read / self.bandwidth

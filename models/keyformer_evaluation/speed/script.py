@@ -13,7 +13,7 @@ from keyformer.config import InputError, KeyformerConfig
 from keyformer.integration import DTYPES, check_device
 from keyformer_evaluation.records.results import check_record, run_record, write_json, write_picture
 from keyformer_evaluation.speed.bench import Bench
-from keyformer_evaluation.speed.engines import ENGINES
+from keyformer_evaluation.speed.engines import ENGINES, Method
 from keyformer_evaluation.speed.shapes import SHAPES, TINY, model_config
 from keyformer_evaluation.speed.timing import Record, free
 from keyformer_evaluation.studies.tables import print_columns
@@ -69,6 +69,9 @@ class Speed:
             "--kv_cache", type=PERCENT_ABOVE_0, default=50.0, help="%% of the prompt"
         )
         parser.add_argument("--recent", type=PERCENT, default=30.0, help="%% of the cache")
+        parser.add_argument(
+            "--rule", default="accumulated", help="of h2o and keyformer: accumulated(spread=1024)"
+        )
         parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
         parser.add_argument("--device", help="default: a GPU if there is one")
         parser.add_argument(
@@ -107,10 +110,14 @@ class Speed:
                     f"--model {shape} has {table} positions, and the longest text needs {tokens}"
                 )
 
-    def config(self, engine: str, kv_cache: float) -> KeyformerConfig | None:
-        """An engine's method at a cache size in percent; None for stock transformers."""
+    def config(self, engine: str, kv_cache: float) -> Method:
+        """An engine's method at a cache size in percent."""
+        if engine == "stock":
+            return None
+        if engine == "static":
+            return "static"
         settings = {"kv_cache": kv_cache, "recent": self.flags.recent, "seed": 0}
-        return None if engine == "stock" else KeyformerConfig.preset(engine, **settings)
+        return KeyformerConfig.preset(engine, rule=self.flags.rule, **settings)
 
     def benches(self) -> Iterator[Bench]:
         """Each model in turn, alone in memory, with a bandwidth measured beside it."""

@@ -35,6 +35,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "model_type": "mpt",
         "d_model": 64,
@@ -54,8 +66,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 65536,
     },
 }
-"""Of the paper's models, with tables of positions that the longest measurement fits in, and of
-one whose query heads share keys and values."""
+"""Of the paper's models, with tables of positions that the longest measurement fits in; of one
+whose query heads share keys and values; and of one that is small enough for a CPU."""
 
 TINY = ("tiny", "tiny-llama")
 """Those that only show that a script works."""

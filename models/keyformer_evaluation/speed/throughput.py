@@ -11,6 +11,7 @@ from torch import Tensor
 
 from keyformer.config import KeyformerConfig
 from keyformer.replay import LEAST_STEPS
+from keyformer_evaluation.speed.engines import Method
 from keyformer_evaluation.speed.roofline import Roofline
 from keyformer_evaluation.speed.timing import Record, free, peak_gb, reset_peak, wait
 
@@ -26,7 +27,7 @@ class Throughput(Roofline):
 
     def generation(
         self,
-        config: KeyformerConfig | None,
+        config: Method,
         batch: int,
         prompt: int,
         new: int,
@@ -46,14 +47,14 @@ class Throughput(Roofline):
         try:
             seconds = self._seconds(config, batch, prompt, new, beams, stretch)
         except torch.OutOfMemoryError:
-            if config is not None:
+            if isinstance(config, KeyformerConfig):
                 raise
             chunk = STOCK_CHUNK
         if chunk is not None:
             before = reset_peak(self.device)
             seconds = self._seconds(config, batch, prompt, new, beams, stretch, chunk)
         # A cache that keeps everything grows from the prompt to all of the text.
-        grows = config is None or config.budget(prompt) > prompt
+        grows = not isinstance(config, KeyformerConfig) or config.budget(prompt) > prompt
         ends = (prompt, prompt + new) if grows else (prompt, prompt)
         floor = sum(self.floor_ms(config, batch * beams, end) for end in ends) / 2e3 * new
         return {
@@ -67,7 +68,7 @@ class Throughput(Roofline):
 
     def _seconds(
         self,
-        config: KeyformerConfig | None,
+        config: Method,
         batch: int,
         prompt: int,
         new: int,
@@ -78,7 +79,7 @@ class Throughput(Roofline):
         """Seconds of ``generate``: of all of it, or by Simpson's rule over three stretches."""
         if FIRST + stretch >= new:
             return self.generate(config, batch, prompt, new, beams, chunk=chunk)[-1]
-        if config is not None:
+        if isinstance(config, KeyformerConfig):
             config = replace(config, kv_budget=config.budget(prompt))  # as after the prompt
         times, some = [], FIRST + stretch
         for length in (prompt + new, prompt + new // 2, prompt):
@@ -89,7 +90,7 @@ class Throughput(Roofline):
 
     def generate(
         self,
-        config: KeyformerConfig | None,
+        config: Method,
         batch: int,
         prompt: int,
         new: int,
@@ -124,6 +125,7 @@ class Throughput(Roofline):
             do_sample=False,
             stopping_criteria=[look] if first else None,
             prefill_chunk_size=chunk,
+            cache_implementation="static" if config == "static" else None,
         )
         wait(self.device)
         return [*times, time.perf_counter() - start]
