@@ -18,7 +18,7 @@ from torch import Tensor
 from keyformer.kernels.decode import processors
 from keyformer.kernels.early import early, let_next_start, wait
 
-MOST_ROWS = 16
+MOST_ROWS = 32
 """Of an input: with more, matrix products are no longer a matter of reading weights alone."""
 
 MOST_MATRICES = 3
@@ -190,7 +190,7 @@ def linear(
         *[*columns, 0, 0][:MOST_MATRICES],
         rows,
         width,
-        ROWS=1 if rows == 1 else 16,
+        ROWS=1 if rows == 1 else max(16, triton.next_power_of_2(rows)),
         BLOCK=block,
         WIDTH_BLOCK=width_block,
         WHOLE=width % width_block == 0,
