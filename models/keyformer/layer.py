@@ -311,7 +311,8 @@ class KeyformerLayer(Slots, CacheLayerMixin):
                 self.own_budget, self.own_largest = budget, int(budget.max())
                 eviction = replace(eviction, budget=budget)
             columns, wanted = text.columns, self._wanted()
-            unbroken = not (columns.padded or columns.hides) and self.own_budget is None
+            alike = text.budgets_alike and self.own_budget is None
+            unbroken = alike and not (columns.padded or columns.hides)
             chosen = eviction.chosen(new.positions, ranked_by, wanted, unbroken)
             self.fill(new, new_scores, chosen, wanted, unbroken)
             return

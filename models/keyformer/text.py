@@ -293,8 +293,8 @@ class Text:
         the model's position scheme is told.
     span
         Which of the tokens taken last are real.
-    largest_budget
-        The largest k of the batch.
+    largest_budget, budgets_alike
+        The largest k of the batch, and whether all are that.
     reserved
         Tokens that are to find slots without any being added; 0 where they may be.
     freed
@@ -316,6 +316,7 @@ class Text:
     places: Tensor
     span: Span
     largest_budget: int
+    budgets_alike: bool
 
     def __init__(
         self, config: KeyformerConfig, columns: Columns, window: int | None = None
@@ -389,6 +390,7 @@ class Text:
         windows = [self.config.recent_window(k) for k in budgets]
         self.window = torch.tensor(windows, device=real.device)
         self.largest_budget = max(budgets, default=1)
+        self.budgets_alike = len(set(budgets)) < 2
         self.first_prompt = real.shape[1]
         self.frozen_before = self.window_start(lengths)
         self.seen = torch.zeros_like(lengths)

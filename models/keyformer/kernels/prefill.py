@@ -153,7 +153,9 @@ def attend(
     # exp(x + zeta) is exp(x) over an exponential variate: at tau = 1 no second exp is needed.
     SOFT: tl.constexpr = NOISE == "gumbel" and TAU_IS_1
     # The last queries have the most keys: they go first.
-    blocks = padded // QUERY_BLOCK
+    blocks = tl.cdiv(queries, QUERY_BLOCK)
+    if ASKED != "all":
+        blocks = padded // QUERY_BLOCK
     start_row = (blocks - 1 - tl.program_id(0) % blocks) * QUERY_BLOCK
     query_head = (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = query_head // HEADS, query_head % HEADS

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers.generation import CompileConfig
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import KeyformerConfig
@@ -56,6 +58,10 @@ class Engines:
         if not isinstance(config, KeyformerConfig):
             return self.stock
         return enable_keyformer(self.evicting, config)
+
+    def compiled(self) -> Callable[..., Any]:
+        """stock's forward as transformers compiles it for the steps of ``generate``."""
+        return self.stock.get_compiled_call(CompileConfig())
 
     def cache(self, config: Method, new_tokens: int = 1, prompt: int = 0) -> Any:
         """An empty cache for a prompt and ``new_tokens`` after it; a static one for ``prompt``."""

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.generation import CompileConfig
 
 from keyformer.config import KeyformerConfig
 from keyformer_evaluation.speed.engines import Method
@@ -45,8 +44,8 @@ class Latency(Roofline):
             text = self.tokens(batch, prompt)
             model(input_ids=text, past_key_values=cache, use_cache=True, logits_to_keep=1)
         run: Callable[..., Any] = model
-        if config == "static":  # as transformers compiles the steps of ``generate``
-            run = model.get_compiled_call(CompileConfig())
+        if config == "static":
+            run = self.compiled()
 
         def step() -> None:  # without a mask, which would be looked at before a replay
             run(input_ids=token, past_key_values=cache, use_cache=True, return_dict=True)
