@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from keyformer import KeyformerCache, KeyformerConfig, enable_keyformer
+from keyformer.compat import stock_class
 from keyformer.few_rows import FewRows
 from keyformer.kernels import linear, norm, rotary
 
@@ -357,7 +358,8 @@ def test_weights_of_subclasses(is_int8, launches) -> None:
     layer, x = nn.Linear(32, 16, device=DEVICE), random(2, 32)
     layer.weight = nn.Parameter(layer.weight.data.as_subclass(Noted), requires_grad=False)
     if is_int8:
-        quantization = pytest.importorskip("torchao.quantization")
+        from torchao import quantization  # slow to import
+
         layer = nn.Linear(32, 16, device=DEVICE)
         quantization.quantize_(layer, quantization.Int8WeightOnlyConfig())
     expected = layer(x)
@@ -422,3 +424,29 @@ def test_rotations_that_take_more(rotate, monkeypatch) -> None:
     with FewRows(module(centered)):
         got = globals()["apply_rotary_pos_emb"](query, key, cos, cos, **more)
     assert all(map(torch.allclose, got, expected))
+
+
+def test_a_step_counts_its_place_on_the_device(monkeypatch) -> None:
+    """Also under method full, where the host knows it, which a graph would take for a constant."""
+    model = small("llama")
+    told = []
+    stock = stock_class(type(model.get_decoder()))
+    forward = stock.forward
+    monkeypatch.setattr(
+        stock,
+        "forward",
+        lambda *a, **k: (told.append(k.get("position_ids")), forward(*a, **k))[1],
+    )
+    tokens = torch.randint(1, 61, (2, 7), device=DEVICE)
+    cache = KeyformerCache(model.config, KeyformerConfig.preset("full", backend="triton"))
+    cache.max_new_tokens = 20
+    for fed in (tokens, tokens[:, :1], tokens[:, :1]):
+        model(input_ids=fed, past_key_values=cache, use_cache=True)
+    assert told[0] is None  # a prompt is not replayed: transformers counts
+    assert [places.tolist() for places in told[1:]] == [[[7], [7]], [[8], [8]]]
+    assert not model.get_decoder().counts_alone(cache)
+    padded = torch.tensor([[0, 1], [1, 1]], device=DEVICE)
+    cache = KeyformerCache(model.config, cache.config)
+    cache.max_new_tokens = 20
+    model(input_ids=tokens[:, :2], attention_mask=padded, past_key_values=cache, use_cache=True)
+    assert model.get_decoder().counts_alone(cache)  # padding counts there, so it is run

@@ -27,8 +27,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from keyformer.kernels import linear, norm, rotary
-from keyformer.kernels.norm import DTYPES
+from keyformer.kernels import DTYPES, linear, norm, rotary
 
 VIEWS = (Tensor.view, Tensor.transpose)
 """What leads to the numbers of a tensor without reading them."""

@@ -16,13 +16,13 @@ from torch import Tensor
 from keyformer.attention import Attended, AttentionSpec, Tokens
 from keyformer.backends import torch as torch_backend
 from keyformer.config import InputError, KeyformerConfig
+from keyformer.kernels import DTYPES
 from keyformer.rules import formula
 from keyformer.score import Scorer
 from keyformer.slots import Slots
 from keyformer.text import Span
 
 INSTALLED = importlib.util.find_spec("triton") is not None
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
 LARGEST_BATCH = 256
 """Rows whose vectors of one slot fit in the registers of a program that reorders them."""

@@ -95,6 +95,7 @@ class _Prompt:
         self.alibi_slopes = readable_slopes(spec.alibi_slopes)
         head_dim = query.shape[-1]
         self.kv_heads, self.held = slots.positions.shape[1:]
+        self.filled = (slots.positions >= 0).sum(dim=-1) if self.held else None
         dim_block = max(16, triton.next_power_of_2(head_dim))
         tiling = prefill_kernels.tiling(dim_block * query.element_size())
         self.long, self.short, warps, stages = tiling
@@ -138,7 +139,7 @@ class _Prompt:
             slots.positions,
             slots.places,
             self.alibi_slopes,
-            (slots.positions >= 0).sum(dim=-1) if self.held else None,
+            self.filled,
             self.span.columns,
             output,
             normal,

@@ -14,9 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from keyformer.kernels import DTYPES
 from keyformer.kernels.early import early, let_next_start, wait
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 WIDEST = 16384
 """Elements of a row that a program's registers hold."""
