@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 import sys
 import threading
@@ -432,11 +433,13 @@ def test_a_step_counts_its_place_on_the_device(monkeypatch) -> None:
     told = []
     stock = stock_class(type(model.get_decoder()))
     forward = stock.forward
-    monkeypatch.setattr(
-        stock,
-        "forward",
-        lambda *a, **k: (told.append(k.get("position_ids")), forward(*a, **k))[1],
-    )
+
+    @functools.wraps(forward)
+    def noted(*args, **more):
+        told.append(more.get("position_ids"))
+        return forward(*args, **more)
+
+    monkeypatch.setattr(stock, "forward", noted)
     tokens = torch.randint(1, 61, (2, 7), device=DEVICE)
     cache = KeyformerCache(model.config, KeyformerConfig.preset("full", backend="triton"))
     cache.max_new_tokens = 20
