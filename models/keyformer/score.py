@@ -21,7 +21,16 @@ GUMBEL_STD = math.pi / math.sqrt(6)
 ALL = Asked("sum")
 """Every query, as the paper sums them up."""
 
-_GOLDEN = -1640531527  # 2**32 / golden ratio as a signed 32-bit integer: spreads consecutive keys
+_GOLDEN = torch.tensor(-1640531527, dtype=torch.int32)
+"""2**32 / golden ratio as a signed 32-bit integer: spreads consecutive keys. A tensor, as the other
+constants of the hash: torch makes one of a number at each operation, which takes as long as it."""
+_SIXTEEN, _LOW, _NINE, _FRACTION = torch.tensor(
+    (16, 0xFFFF, 9, 0x7FFFFF), dtype=torch.int32
+).unbind()
+_ROUNDS = [
+    torch.tensor(numbers, dtype=torch.int32).unbind()
+    for numbers in ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, -2073254261))
+]
 
 
 def temperature(config: KeyformerConfig, step: int, generation_length: int | None) -> float:
@@ -89,19 +98,14 @@ def uniform(
     """What :func:`noise` makes its numbers of: in (0, 1), of the same shape."""
     device = query_positions.device
     batch, kv_heads, _ = key_positions.shape
-    row = torch.tensor(first_row(seed, layer), dtype=torch.int32, device=device)
     if sequences is None:
-        sequences = torch.arange(batch, device=device)
-    counters = (
-        sequences.to(device)[:, None, None, None],
-        torch.arange(heads, device=device)[None, :, None, None],
-        query_positions[:, None, :, None],
-    )
-    for counter in counters:
-        row = _mix(row ^ counter.to(torch.int32) * _GOLDEN)
+        row = _head_rows(seed, layer, heads, batch).to(device)
+    else:
+        row = _taken_on(first_row(seed, layer), heads, sequences.to(device))
+    row = _mix(row ^ query_positions[:, None, :, None].to(torch.int32) * _GOLDEN)
     column = key_positions.to(torch.int32) * _GOLDEN
-    column = column.repeat_interleave(heads // kv_heads, dim=1)[:, :, None, :]
-    bits = _mix(row + column).bitwise_right_shift_(9).bitwise_and_(0x7FFFFF)
+    bits = _mix(row.unflatten(1, (kv_heads, -1)) + column[:, :, None, None]).flatten(1, 2)
+    bits = bits.bitwise_right_shift_(_NINE).bitwise_and_(_FRACTION)
     return bits.float().add_(0.5).mul_(2.0**-23)  # both ends excluded, exact in float32
 
 
@@ -114,15 +118,29 @@ def first_row(seed: int, layer: int) -> int:
     return int(row)
 
 
+@lru_cache(maxsize=1024)
+def _head_rows(seed: int, layer: int, heads: int, batch: int) -> Tensor:
+    """:func:`_taken_on` where each row of the batch draws its own number, on the CPU."""
+    return _taken_on(first_row(seed, layer), heads, torch.arange(batch))
+
+
+def _taken_on(row: int, heads: int, sequences: Tensor) -> Tensor:
+    """The hash of a call taken on to sequences and query heads, (batch, heads, 1, 1) int32."""
+    rows = torch.full((), row, dtype=torch.int32, device=sequences.device)
+    for counter in (sequences[:, None], torch.arange(heads, device=sequences.device)):
+        rows = _mix(rows ^ counter.to(torch.int32) * _GOLDEN)
+    return rows[:, :, None, None]
+
+
 def _signed32(value: int) -> int:
     return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
 def _mix(bits: Tensor) -> Tensor:
     """A bijection of 32-bit integers in which every input bit flips every output bit."""
-    for shift, mask, factor in ((16, 0xFFFF, 0x7FEB352D), (15, 0x1FFFF, -2073254261)):
-        bits = (bits >> shift).bitwise_and_(mask).bitwise_xor_(bits).mul_(factor)
-    return (bits >> 16).bitwise_and_(0xFFFF).bitwise_xor_(bits)
+    for shift, mask, factor in _ROUNDS:
+        bits = bits.bitwise_right_shift(shift).bitwise_and_(mask).bitwise_xor_(bits).mul_(factor)
+    return bits.bitwise_right_shift(_SIXTEEN).bitwise_and_(_LOW).bitwise_xor_(bits)
 
 
 @dataclass(frozen=True)

@@ -164,11 +164,15 @@ class Slots:
 
     def _write(self, stored: dict[str, Tensor], slot: Tensor, stays: Tensor) -> None:
         """Put what :meth:`_held` gives into slots, in place, but not where nothing ``stays``."""
+        # To look costs nothing on a CPU; elsewhere it would wait for the device.
+        all_stay = stays.device.type == "cpu" and bool(stays.all())
         for name, one in stored.items():
             held = getattr(self, name)
             if one.numel():
                 to = _across(slot, held)
-                held.scatter_(2, to, torch.where(_across(stays, one), one, held.gather(2, to)))
+                if not all_stay:
+                    one = torch.where(_across(stays, one), one, held.gather(2, to))
+                held.scatter_(2, to, one)
 
     def rewrite(
         self, new: Tokens, scores: Tensor, freed: Tensor, staying: Tensor, any_stay: Tensor
