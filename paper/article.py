@@ -8,14 +8,14 @@ under noise is drawn for logits that are made up, and shown.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from keyformer import KeyformerCache, KeyformerConfig
+from keyformer_evaluation.studies.pictures import Axes, Figure
 
 # isort: split
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from keyformer.config import InputError
 from keyformer_evaluation.records.results import check_writable, write_picture, write_whole
 from keyformer_evaluation.speed.shapes import model_config
-from keyformer_evaluation.studies.pictures import Axes, Figure
 from keyformer_evaluation.studies.study import ARTICLES, ROOT
 from keyformer_evaluation.tasks import flags as flag
 from keyformer_evaluation.tasks.data import TASKS, load_items
@@ -48,8 +47,7 @@ KEY, YOUNG, NEW, GONE = "#0072B2", "#009E73", "#E69F00", "#b0b0b0"
 STATES = {"key token": KEY, "recent token": YOUNG, "just read": NEW, "evicted": GONE}
 
 
-@dataclass(frozen=True)
-class Walk:
+class Walk(NamedTuple):
     """What one head's cache held after the prompt and after each decode step.
 
     Attributes
