@@ -1,11 +1,13 @@
-"""The Python of README and of the researcher's guide runs as it stands."""
+"""The documents: their Python runs as it stands, their links lead somewhere, README is short."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from families import small_model
 from originals import write_tokenizer
 from peft import LoraConfig, get_peft_model
@@ -13,32 +15,58 @@ from peft import LoraConfig, get_peft_model
 ROOT = Path(__file__).parents[1]
 
 
-def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys) -> None:
-    """With a small model of the same family in the place of the one on the hub."""
-    model = small_model("qwen3", vocab_size=320, max_position_embeddings=1024)
-    model.save_pretrained(tmp_path / "model")
-    write_tokenizer(tmp_path / "model", "cerebras", 320)
-    get_peft_model(model, LoraConfig()).save_pretrained(tmp_path / "adapter")
-    text = (ROOT / "README.md").read_text()
-    for name, folder in (("Qwen/Qwen3-0.6B", "model"), ("your/adapter", "adapter")):
-        assert name in text
-        text = text.replace(name, str(tmp_path / folder))
-    monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= 6
-    names: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert "bridge" in capsys.readouterr().out
+def documents() -> list[Path]:
+    """Every Markdown file of the repository."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [ROOT / name for name in listed.stdout.split()]
 
 
-def test_the_guides_rule_and_policy_run(monkeypatch) -> None:
-    """On the bundled model: what the rule keeps of the prompt, and the policy's slots."""
-    text = (ROOT / "models" / "README.md").read_text()
-    monkeypatch.chdir(ROOT)
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory) -> dict[str, str]:
+    """A small model of the same family, and an adapter, in the place of those on the hub."""
+    folder = tmp_path_factory.mktemp("readme")
+    model = small_model("qwen3", vocab_size=320, max_position_embeddings=32768)
+    model.save_pretrained(folder / "model")
+    write_tokenizer(folder / "model", "cerebras", 320)
+    get_peft_model(model, LoraConfig()).save_pretrained(folder / "adapter")
+    return {"Qwen/Qwen3-0.6B": str(folder / "model"), "your/adapter": str(folder / "adapter")}
+
+
+def run_blocks(document: str, stand_ins: dict[str, str]) -> dict[str, Any]:
+    """Run a document's Python in order, and return its names."""
+    text = (ROOT / document).read_text()
+    for name, path in stand_ins.items():
+        text = text.replace(name, path)
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(compile(block, "models/README.md", "exec"), names)
+        exec(compile(block, document, "exec"), names)
+    return names
+
+
+def test_readmes_example_evicts(stand_ins, tmp_path, monkeypatch, capsys) -> None:
+    """Half of its prompt, here the beginning of what it is there."""
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text()[:500])
+    monkeypatch.chdir(tmp_path)
+    names = run_blocks("README.md", {**stand_ins, "max_new_tokens=64": "max_new_tokens=8"})
+    read = names["inputs"]["input_ids"].shape[1]
+    assert names["output"].shape[1] > read
+    assert capsys.readouterr().out.strip()
+    again = names["model"].generate(
+        **names["inputs"], max_new_tokens=2, return_dict_in_generate=True
+    )
+    assert again.past_key_values.layers[0].positions.shape[-1] == read // 2
+
+
+def test_the_guides_python_runs(stand_ins, monkeypatch) -> None:
+    """What its rule keeps of the bundled model's prompt, and its policy's slots."""
+    monkeypatch.chdir(ROOT)
+    names = run_blocks("models/README.md", stand_ins)
     read = names["prompt"]["input_ids"].shape[1]
     k = int(read * 0.3)
     w = int(k * 0.3)
@@ -47,3 +75,29 @@ def test_the_guides_rule_and_policy_run(monkeypatch) -> None:
     assert min(kept) < read - w  # key tokens of the prompt, too
     slots = names["slots"]
     assert slots[0] == w + (k - w) // 2 and slots == sorted(slots) and slots[-1] > k
+
+
+def test_links_lead_somewhere() -> None:
+    """To a file of the repository, and to a heading in it."""
+    broken = []
+    for document in documents():
+        text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, heading = link.partition("#")
+            if path.startswith(("http:", "https:")):
+                continue
+            target = (document.parent / path).resolve() if path else document
+            if not target.exists() or (heading and heading not in headings(target)):
+                broken.append(f"{document.relative_to(ROOT)}: {link}")
+    assert not broken
+
+
+def headings(document: Path) -> set[str]:
+    """The anchors of a Markdown file's headings, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.*)$", document.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_readme_is_short() -> None:
+    """A screen or two: what is more goes to the folder that it is about."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
