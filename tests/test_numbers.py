@@ -1,59 +1,125 @@
-"""The numbers in the documents are those of the records."""
+"""The numbers in the documents' tables are those of the records, to the last digit printed.
+
+Above such a table stands a comment, `numbers:` and a source for each column of numbers, between
+semicolons; or one for them all. A source is a record or a CSV, labels that pick one row of it as
+`name=value`, and what the row has there; `|1e6` after it divides. `{name}` is what the line has
+in the column of that name, `{column}` the column's own heading without " %", and `-` a column of
+no record. In the place of the first source, `all` is followed by a folder and labels of the others.
+A row whose label is empty in the record is the one of every value, as full attention's is of every
+size of the cache.
+"""
 
 from __future__ import annotations
 
 import csv
+import functools
+import json
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "paper" / "results"
-DOCUMENTS = ("README.md", "blog/README.md")
-MARKER = re.compile(r"<!-- by (size|measure)(?:, (\d+) %)?: (.*?) -->\n((?:\|.*\n)+)")
+DOCUMENTS = (
+    *("README.md", "blog/README.md", "blog/results.md"),
+    *("benchmarks/README.md", "models/README.md"),
+)
+TABLE = re.compile(r"(?:<!-- numbers: ([^>]*) -->\n)?((?:^\|.*\n)+)", re.MULTILINE)
+NUMBER = re.compile(r"-?\d+\.\d+")
 
 
-def tables(document: str) -> list[tuple[str, str, list[list[str]], list[dict[str, str]]]]:
-    """Of each marked table: its kind, the size of its cache, the columns' sources, its rows."""
-    text = (ROOT / document).read_text()
-    found = []
-    for kind, size, sources, lines in MARKER.findall(text):
-        cells = [
-            [cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()
-        ]
-        rows = [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
-        found.append((kind, size, [source.split() for source in sources.split(", ")], rows))
-    return found
+@functools.cache
+def rows_of(path: str) -> list[dict[str, Any]]:
+    """Of a CSV or of a JSON record."""
+    with (ROOT / path).open(newline="") as file:
+        return json.load(file)["rows"] if path.endswith(".json") else list(csv.DictReader(file))
 
 
-def recorded(source: list[str], method: str, size: str) -> float:
-    """What the one row of a CSV has, in which full attention has no size."""
-    name, *task, metric = source
-    with (RESULTS / name).open(newline="") as file:
-        (row,) = (
-            row
-            for row in csv.DictReader(file)
-            if (row["task"], row["method"]) == (" ".join(task), method)
-            and row["kv_cache"] == ("" if method == "full" else size)
-        )
-    return float(row[metric])
+def same(recorded: Any, asked: str) -> bool:
+    """Whether a label has a value, as text or as a number."""
+    if str(recorded) == asked:
+        return True
+    try:
+        return float(recorded) == float(asked)
+    except (TypeError, ValueError):
+        return False
+
+
+def recorded(source: list[str]) -> float:
+    """What the one row of a record has."""
+    path, *labels, metric = source
+    wanted = [label.split("=", 1) for label in labels]
+    found = [row for row in rows_of(path) if all(same(row[name], of) for name, of in wanted)]
+    if not found:
+        for row in rows_of(path):
+            if all(row[name] in ("", None) or same(row[name], of) for name, of in wanted):
+                found.append(row)
+    assert len(found) == 1, f"{len(found)} rows: {source}"
+    name, _, divisor = metric.partition("|")
+    return float(found[0][name]) / float(divisor or 1)
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip().strip("`") for cell in line.strip().strip("|").split("|")]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_marked_tables_are_those_of_the_records(document) -> None:
-    """To the last digit printed, each of every table with a marker above it."""
-    marked = tables(document)
-    assert marked and all(rows for *_, rows in marked)
-    for kind, size, sources, rows in marked:
-        for row in rows:
-            method, *texts = row.values()
-            names = list(row)[1:]
-            if kind == "size":
-                asked = [(sources[0], name.removesuffix(" %")) for name in names]
-            else:
-                asked = [(source, size) for source in sources]
-            for (source, at), text in zip(asked, texts, strict=True):
+def test_tables_are_those_of_the_records(document) -> None:
+    """Every number of every table with a source; and every table of numbers has one."""
+    checked = 0
+    for given, table in TABLE.findall((ROOT / document).read_text()):
+        heads, _, *lines = map(cells, table.splitlines())
+        if not given:
+            bare = [cell for line in lines for cell in line if NUMBER.fullmatch(cell)]
+            assert len(bare) < 2, f"no source of {bare[:3]} in {table.splitlines()[0]}"
+            continue
+        sources = [shlex.split(one) for one in given.split(";")]
+        folder, common = "", []
+        if sources[0][0] == "all":
+            _, folder, *common = sources.pop(0)
+        labels = set(re.findall(r"\{(.+?)\}", given)) - {"column"}
+        columns = [number for number, head in enumerate(heads) if head not in labels]
+        if len(sources) == 1:
+            sources *= len(columns)
+        for line in lines:
+            names = dict(zip(heads, line, strict=True))
+            for number, (path, *asked) in zip(columns, sources, strict=True):
+                text = line[number].replace(",", "")
+                if path == "-" or not text:
+                    continue
+                names["column"] = heads[number].removesuffix(" %")
+                source = [f"{folder}{path}", *common, *asked]
+                parts = [re.sub(r"\{(.+?)\}", lambda m, n=names: n[m[1]], part) for part in source]
+                expected = recorded(parts)
                 digits = len(text.partition(".")[2])
-                expected = recorded(source, method, at)
-                assert abs(float(text) - expected) <= 0.5 * 10**-digits + 1e-9, (method, at, source)
+                at = (document, heads[number], line, expected)
+                assert abs(float(text) - expected) <= 0.5 * 10**-digits + 1e-9, at
+                checked += 1
+    assert checked
+
+
+def test_one_score_beats_others_as_often_as_the_results_say() -> None:
+    """Counted from beyond.csv: the best setting beside each baseline of its model, task and size."""
+    table = rows_of("paper/results/beyond.csv")
+    best = {"noise": "none", "tau_init": "0.5", "normalize": "mean", "recent": "30"}
+    outcomes = []
+    for row in table:
+        if row["forgetting"] != "1" or any(row[name] != of for name, of in best.items()):
+            continue
+        metric, sign = ("bits", -1) if row["bits"] else ("rouge2", 1)
+        low, high = float(row[f"{metric}_low"]), float(row[f"{metric}_high"])
+        for rival in table:
+            labels = ("model", "task", "kv_cache")
+            if rival["method"] in ("window", "h2o", "keyformer") and all(
+                rival[name] == row[name] for name in labels
+            ):
+                above = low > float(rival[f"{metric}_high"])
+                below = high < float(rival[f"{metric}_low"])
+                outcomes.append(sign * (above - below))
+    counts = [outcomes.count(which) for which in (1, 0, -1)]
+    text = " ".join((ROOT / "blog" / "results.md").read_text().split())
+    better, overlapping, worse = counts
+    assert worse == 1
+    assert f"{sum(counts)} comparisons, it is better in {better}, in {overlapping} the" in text

@@ -66,11 +66,8 @@ def print_tables(results: Results, published: Published | None = None) -> None:
         lines = [[*rows[0].labels, "seeds", *metrics]]
         groups = [""] * len(rows)
         if compared is not None:
-            print(
-                f"rows with a letter in common have overlapping intervals of {NAMES[compared]}:"
-                " they cannot be told apart"
-            )
-            lines[0].append("alike")
+            print(f"rows with a letter in common have overlapping intervals of {NAMES[compared]}")
+            lines[0].append("overlap")
             groups = alike(rows, compared)
         if known:
             lines[0].append(
