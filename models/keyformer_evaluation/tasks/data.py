@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -16,12 +17,17 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from keyformer.config import InputError, KeyformerConfig
 
+LOGGER = logging.getLogger(__name__)
+
 Item = dict[str, Any]
 Message = dict[str, str]
 """Of a conversation: its ``role``, user or assistant, and its ``content``."""
 
 PROMPTS = ("alpaca", "chat", "none")
 """What a prompt can be: the paper's template, the tokenizer's chat template, the text alone."""
+
+OTHER_NAMES = {"cnn_eval.json": "cnndm_eval.json", "cnndm_eval.json": "cnn_eval.json"}
+"""CNN/DailyMail's file, as the authors' repository calls it and as this one does."""
 
 
 @dataclass(frozen=True)
@@ -146,14 +152,21 @@ TASKS = {
 def load_items(path: str | Path, task: Task) -> list[Item]:
     """Read a dataset: a JSON list of objects, or one JSON object a line.
 
+    A file that is not there is read under its other name, of ``OTHER_NAMES``, and a line says so.
+
     Raises
     ------
     InputError
         If the file is missing, empty or not JSON, or an item lacks a field or has one of
         another kind or an empty document; the message says which item, counted from 0.
     """
+    path = Path(path)
+    other = path.with_name(OTHER_NAMES.get(path.name, path.name))
+    if other.exists() and not path.exists():
+        LOGGER.warning(f"there is no {path}: {other} is read")
+        path = other
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the dataset {path}: {error}") from error
     items = [task.adapt(item) for item in _parse(text, path)]
@@ -249,17 +262,28 @@ def _why(error: Exception) -> str:
 def sample(items: Sequence[Any], n_obs: int | None, seed: int) -> list[Any]:
     """``n_obs`` items drawn at random without replacement, in their order; None is all.
 
+    All too, and a line says so, if there are fewer.
+
     Raises
     ------
     InputError
-        If there are fewer items than that.
+        If ``n_obs`` is below 1.
     """
     if n_obs is None:
         return list(items)
-    if not 1 <= n_obs <= len(items):
-        raise InputError(f"n_obs must be from 1 to {len(items)}, the dataset's size, got {n_obs}")
+    if n_obs < 1:
+        raise InputError(f"n_obs must be at least 1, got {n_obs}")
+    warn_of_fewer(n_obs, len(items))
+    if n_obs >= len(items):
+        return list(items)
     drawn = random.Random(seed).sample(range(len(items)), n_obs)
     return [items[index] for index in sorted(drawn)]
+
+
+def warn_of_fewer(n_obs: int | None, count: int) -> None:
+    """Say so where a dataset has fewer items than are asked for."""
+    if n_obs is not None and n_obs > count:
+        LOGGER.warning(f"--n_obs {n_obs}: the dataset has {count} items, all of them are taken")
 
 
 def make_prompt(

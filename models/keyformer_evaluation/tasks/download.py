@@ -69,8 +69,7 @@ def export(
     Raises
     ------
     InputError
-        If the output cannot be written, the dataset not be loaded or lacks a column, or it
-        has fewer examples than ``--n_obs``.
+        If the output cannot be written, or the dataset not be loaded or lacks a column.
     """
     output = flags.output or default_output
     if not sys.stderr.isatty():  # progress bars would fill a log file

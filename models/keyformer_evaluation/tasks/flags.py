@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -92,10 +93,12 @@ def run_main(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
     """Run a script's main and end the process.
 
     Input that cannot be used is one line and exit code 2; Ctrl-C and SIGTERM are one line too, and
-    130 and 143. Of several processes the first alone prints results.
+    130 and 143. Of several processes the first alone prints results and warns.
     """
     name = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _terminate)
+    if not is_main():
+        logging.disable(logging.WARNING)
     try:
         with nullcontext() if is_main() else redirect_stdout(io.StringIO()):
             main(None)
