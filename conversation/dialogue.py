@@ -18,7 +18,7 @@ from keyformer.config import InputError
 from keyformer_evaluation.tasks import flags as flag
 from keyformer_evaluation.tasks.chat import Chat
 from keyformer_evaluation.tasks.data import TASKS, is_text, load_items
-from keyformer_evaluation.tasks.run import load, run_and_report, task_parser
+from keyformer_evaluation.tasks.run import load, run_and_report, start_token, task_parser
 
 HERE = Path(__file__).parent
 CHAT_BUDGET = 256
@@ -65,6 +65,10 @@ def talk(flags: argparse.Namespace) -> None:
         flags.kv_budget = CHAT_BUDGET
     if flags.prompt is not None:
         raise InputError("--interactive has a form of its own: leave out --prompt")
+    if flags.clean_up_tokenization_spaces:
+        raise InputError(
+            "--interactive prints texts as they come: leave out --clean_up_tokenization_spaces"
+        )
     _, config = flag.method_config(flags)
     flag.check_task_flags(flags)
     for name in ("beam", "num_return_sequences"):
@@ -73,7 +77,9 @@ def talk(flags: argparse.Namespace) -> None:
     narrative, speakers = situation(flags)
     model, tokenizer = load(flags)
     set_seed(flags.seed)
-    chat = Chat(model, tokenizer, config, narrative, speakers, **flag.generate_options(flags))
+    start = start_token(flags, model)
+    options = flag.generate_options(flags)
+    chat = Chat(model, tokenizer, config, narrative, speakers, start, **options)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # one line must not take others with it
     print(f"{narrative}\n")

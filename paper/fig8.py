@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer_evaluation.studies.sizes import sweep_sizes
-from keyformer_evaluation.studies.study import KINDS, Study, run_study
+from keyformer_evaluation.studies.study import KINDS, PAPER, Study, run_study
 from keyformer_evaluation.studies.sweep import Steps
 from keyformer_evaluation.tasks.data import Item
 from tiny.corpus import document
@@ -26,7 +26,8 @@ def long_documents(task: str) -> list[Item]:
 
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
-    study = Study("fig8", __doc__, argv, items=long_documents)
+    paper = {**PAPER, "max_tokenizer_length": 8192}
+    study = Study("fig8", __doc__, argv, items=long_documents, paper=paper)
     yield from sweep_sizes(study, SIZES, "Long documents", compared_at=(50,))
 
 

@@ -46,7 +46,6 @@ Place = tuple[int, float]
 
 def more_flags(parser: flag.Parser) -> None:
     """What is asked, of what."""
-    parser.set_defaults(beam=1)
     compared_flags(parser)
     flag.prompt_flag(parser)
     parser.add_argument("--articles", type=Path, default=ARTICLES, help="with questions")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from keyformer.config import KeyformerConfig
 from keyformer_evaluation.studies.pictures import COLORS, Figure, legend_of, panels
-from keyformer_evaluation.studies.study import Results, Study, run_study
+from keyformer_evaluation.studies.study import Published, Results, Study, run_study
 from keyformer_evaluation.studies.sweep import Cell, Steps
 from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
+from keyformer_evaluation.tasks.data import warn_of_fewer
 from keyformer_evaluation.tasks.flags import stop_without
 
 try:
@@ -20,22 +21,31 @@ except ModuleNotFoundError as error:
 
 METHODS = ("full", "h2o", "keyformer")
 TASKS = ("copa", "openbookqa", "winogrande", "piqa")
-PAPER = {
-    "cerebras": {
+ACCURACY = {
+    "Cerebras-GPT-6.7B": {
         "copa": ((73.0, 68.0, 70.0), (73.0, 74.0, 74.0)),
         "openbookqa": ((34.8, 32.2, 32.6), (36.8, 38.0, 38.6)),
         "winogrande": ((60.2, 56.7, 57.9), (58.4, 59.5, 59.7)),
         "piqa": ((74.2, 72.9, 73.0), (74.4, 73.9, 73.6)),
     },
-    "mpt": {
+    "MPT-7B": {
         "copa": ((80.0, 75.0, 76.0), (83.0, 82.0, 84.0)),
         "openbookqa": ((41.8, 37.6, 40.6), (43.4, 44.0, 43.2)),
         "winogrande": ((68.7, 63.2, 64.1), (71.8, 72.1, 72.3)),
         "piqa": ((79.9, 79.4, 79.2), (80.7, 79.8, 80.1)),
     },
 }
-"""Of Cerebras-GPT-6.7B and MPT-7B: accuracy at 0 and at 5 shots under each of METHODS."""
+"""The paper's, at 0 and at 5 shots under each of METHODS."""
 SHOTS = (0, 5)
+PAPER: Published = {
+    (model, task): {
+        (shots, method): (number,)
+        for shots, numbers in zip(SHOTS, of_task, strict=True)
+        for method, number in zip(METHODS, numbers, strict=True)
+    }
+    for model, of_model in ACCURACY.items()
+    for task, of_task in of_model.items()
+}
 
 
 def main(argv: Sequence[str] | None = None) -> Steps:
@@ -61,11 +71,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
             (Path(path).name, task): [
                 (
                     Cell(
-                        {
-                            "shots": shots,
-                            "method": method,
-                            "paper": paper(path, task)[shots, method],
-                        },
+                        {"shots": shots, "method": method},
                         KeyformerConfig.preset(method, kv_cache=50),
                     ),
                     Accuracy(path, flags.dtype, task, shots, flags.n_obs, flags.bs, flags.store),
@@ -77,10 +83,9 @@ def main(argv: Sequence[str] | None = None) -> Steps:
             for task in flags.tasks
         }
     )
-    print(
-        "The paper's accuracies are those of MPT-7B and Cerebras-GPT-6.7B on the tasks of the name."
-    )
-    print_tables(results)
+    for rows in results.values():
+        warn_of_fewer(flags.n_obs, len(rows[0].per_item["accuracy"]))
+    print_tables(results, study.beside(results, PAPER))
     for shots in SHOTS:
         print_differences(
             results,
@@ -90,17 +95,6 @@ def main(argv: Sequence[str] | None = None) -> Steps:
             "accuracy",
         )
     study.write(results, bars(results))
-
-
-def paper(path: str, task: str) -> dict[tuple[int, str], float | str]:
-    """By shots and method what the paper has for this model's architecture, else nothing."""
-    of_model = PAPER.get(Path(path).name.split("-")[0], {})
-    known = of_model.get(task.removeprefix("tiny_"))
-    return {
-        (shots, method): known[i][j] if known else ""
-        for i, shots in enumerate(SHOTS)
-        for j, method in enumerate(METHODS)
-    }
 
 
 def bars(results: Results) -> Figure:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from keyformer.config import KeyformerConfig
 from keyformer_evaluation.studies.pictures import method_bars
-from keyformer_evaluation.studies.study import Study, run_study
+from keyformer_evaluation.studies.study import Published, Study, run_study
 from keyformer_evaluation.studies.sweep import Cell, Steps
-from keyformer_evaluation.studies.tables import Published, labelled, print_differences, print_tables
+from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
 
 PAPER: Published = {
-    "mpt-7b-keyformer": {
+    ("MPT-7B", "summarization"): {
         ("full", "", ""): (38.6373, 17.6329, 24.506),
         ("window", "", ""): (18.1296, 4.2655, 11.5288),
         ("h2o", "original", "per_layer"): (36.9616, 16.3865, 24.2301),
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         for method, positions, score in SCORED
     ]
     results = yield from study.measure(cells)
-    print_tables(results, PAPER)
+    print_tables(results, study.beside(results, PAPER))
     paper = labelled(method="keyformer", positions="original", score="per_layer")
     for question, other in (
         ("Is a score of each layer better? per layer - shared", labelled(score="shared")),

@@ -6,17 +6,19 @@ from collections.abc import Sequence
 
 from keyformer.config import NOISES, KeyformerConfig
 from keyformer_evaluation.studies.pictures import method_bars
-from keyformer_evaluation.studies.study import Study, run_study
+from keyformer_evaluation.studies.study import Published, Study, run_study
 from keyformer_evaluation.studies.sweep import Cell, Steps
-from keyformer_evaluation.studies.tables import Published, labelled, print_differences, print_tables
+from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
 
 ROUGE_2 = {
-    "gptj-keyformer": (19.44, 14.53, 12.49, 18.87),
-    "cerebras-keyformer": (15.25, 9.54, 8.98, 12.73),
-    "mpt-7b-keyformer": (17.57, 10.17, 7.56, 16.38),
+    "GPT-J-6B": (19.44, 14.53, 12.49, 18.87),
+    "Cerebras-GPT-6.7B": (15.25, 9.54, 8.98, 12.73),
+    "MPT-7B": (17.57, 10.17, 7.56, 16.38),
 }
 PAPER: Published = {
-    model: {(noise,): (number,) for noise, number in zip(NOISES, numbers, strict=True)}
+    (model, "summarization"): {
+        (noise,): (number,) for noise, number in zip(NOISES, numbers, strict=True)
+    }
     for model, numbers in ROUGE_2.items()
 }
 
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         Cell({"noise": noise}, KeyformerConfig(kv_cache=60, recent=30, noise=noise))
         for noise in NOISES
     )
-    print_tables(results, PAPER)
+    print_tables(results, study.beside(results, PAPER))
     for question, first, second in (
         ("Does Gumbel noise beat none?", "gumbel", "none"),
         ("Does Gumbel noise beat Gaussian?", "gumbel", "gaussian"),

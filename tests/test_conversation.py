@@ -144,6 +144,17 @@ def test_chat_equals_one_long_text(model_path, arch: str, length: int) -> None:
         before = "" if reply.endswith("\n") else "\n"
 
 
+def test_chat_begins_with_the_start_token(model_path) -> None:
+    chat = chat_with(model_path, KeyformerConfig.preset("full"), max_new_tokens=2, start_token=7)
+    fed = []
+    chat.cache.observer = lambda layer, at, _: layer or fed.append(len(at[0]))
+    chat.reply("the key")
+    chat.reply("the key")
+    first, second = (count for count in fed if count > 1)
+    text = f"{TASK.prompt(ITEM).removesuffix('Where is the key?' + chr(10))}the key{chr(10)}Bob:"
+    assert first == 1 + len(chat.tokenizer(text)["input_ids"]) > second
+
+
 @pytest.mark.parametrize("method", ["window", "keyformer"])
 def test_chat_never_grows(model_path, method: str) -> None:
     """After 60 turns the memory is what it was when the budget had filled."""
@@ -194,6 +205,8 @@ def test_interactive(model_path, dataset_path, monkeypatch, capsys) -> None:
     [
         (["--narrative", "We talk."], "--interactive"),
         (["--interactive", "--beam", "4"], "--beam must be 1"),
+        (["--interactive", "--clean_up_tokenization_spaces"], "leave out --clean_up"),
+        (["--interactive", "--decoder_start_token_id", "9999"], "got 9999"),
         (["--interactive", "--do_sample", "--num_return_sequences", "2"], "--num_return_sequences"),
         (["--interactive", "--kv_budget", "0"], "kv_budget"),
         (["--interactive", "--dataset_path", "nowhere.json"], "nowhere.json"),

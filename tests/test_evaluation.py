@@ -68,9 +68,24 @@ def test_sample_is_seeded_and_without_replacement() -> None:
     assert drawn == [item["output"] for item in sample(ITEMS, 7, seed=1)]
     assert drawn != [item["output"] for item in sample(ITEMS, 7, seed=2)]
     assert sample(ITEMS, None, seed=0) == ITEMS
-    for n_obs in (0, 21):
-        with pytest.raises(InputError, match=f"n_obs must be from 1 to 20.*{n_obs}"):
-            sample(ITEMS, n_obs, seed=0)
+    assert sample(ITEMS, 21, seed=0) == sample(ITEMS, 20, seed=0) == ITEMS
+    with pytest.raises(InputError, match="n_obs must be at least 1, got 0"):
+        sample(ITEMS, 0, seed=0)
+
+
+@pytest.mark.parametrize(("asked", "there"), [("cnn", "cnndm"), ("cnndm", "cnn")])
+def test_cnn_dailymail_has_two_names(tmp_path, caplog, asked: str, there: str) -> None:
+    """The authors' repository's and this one's; a file that is there is the one that is read."""
+    path, other = (tmp_path / f"{name}_eval.json" for name in (asked, there))
+    other.write_text(json.dumps(ITEMS))
+    assert load_items(path, TASK) == ITEMS
+    assert [record.getMessage() for record in caplog.records] == [
+        f"there is no {path}: {other} is read"
+    ]
+    path.write_text(json.dumps(ITEMS[:2]))
+    assert load_items(path, TASK) == ITEMS[:2] and len(caplog.records) == 1
+    with pytest.raises(InputError, match=r"cannot read the dataset .*xsum_eval\.json"):
+        load_items(tmp_path / "xsum_eval.json", TASK)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import shutil
 import sqlite3
 import subprocess
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import Forked, script
-from originals import write_original
+from originals import ORIGINALS, write_original
 
 from keyformer import InputError, KeyformerCache, KeyformerConfig, load_model
 from keyformer_evaluation.records.identity import weights_hash
+from keyformer_evaluation.studies import measures, study
 from keyformer_evaluation.studies.measures import (
     Attention,
     Continued,
@@ -29,10 +30,12 @@ from keyformer_evaluation.studies.measures import (
     Rouge,
     Softmax,
 )
-from keyformer_evaluation.studies.study import BUNDLED, BUNDLED_MODELS, Study
+from keyformer_evaluation.studies.published import papers_model
+from keyformer_evaluation.studies.study import BUNDLED, BUNDLED_MODELS, PAPER, Study
 from keyformer_evaluation.studies.sweep import Cell, Request, Row, Run, Steps, carry_out, summarize
 from keyformer_evaluation.studies.tables import alike, difference
-from keyformer_evaluation.tasks.data import TASKS
+from keyformer_evaluation.tasks.data import TASKS, encode
+from keyformer_evaluation.tasks.generation import Generated
 
 ROOT = Path(__file__).parents[1]
 STUDIES = {
@@ -134,10 +137,68 @@ def test_finished_study_is_not_measured_again(name, flags, tmp_path, monkeypatch
     assert {path: path.read_bytes() for path in files} == files
 
 
-def test_papers_numbers_stand_beside(flags, capsys) -> None:
+def test_papers_numbers_stand_beside_its_models_alone(flags, capsys, monkeypatch) -> None:
+    """Whatever the folder's name, which here is that of MPT-7B."""
     run("table4", flags)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("gaussian")]
-    assert len(lines) == 1 and lines[0].split()[-1] == "10.17"
+    assert "paper: " not in capsys.readouterr().out
+    monkeypatch.setattr(study, "papers_model", lambda path: "MPT-7B")
+    run("table4", flags)
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("gaussian")]
+    assert "paper: ROUGE-2" in printed and len(lines) == 1 and lines[0].split()[-1] == "10.17"
+
+
+def test_papers_models_are_told_by_their_configurations(model_path, tmp_path) -> None:
+    names = {"mpt": "MPT-7B", "gptj": "GPT-J-6B", "cerebras": "Cerebras-GPT-6.7B"}
+    for arch, original in ORIGINALS.items():
+        folder = tmp_path / arch
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(original.fields))
+        assert papers_model(str(folder)) == names[arch]
+    note = tmp_path / "mpt" / "download_info.json"
+    for name, expected in (("mosaicml/mpt-7b", "MPT-7B"), ("mosaicml/mpt-7b-chat", None)):
+        note.write_text(json.dumps({"model_name": name, "revision": "a1"}))
+        assert papers_model(str(tmp_path / "mpt")) == expected
+    story = {**ORIGINALS["mpt"].fields, "max_seq_len": 65536}
+    (tmp_path / "gptj" / "config.json").write_text(json.dumps(story))
+    for other in (tmp_path / "gptj", model_path, tmp_path / "none", *BUNDLED_MODELS):
+        assert papers_model(str(other)) is None
+
+
+def test_settings_of_the_paper(model_path, tmp_path, monkeypatch) -> None:
+    """They reach what is generated, what it is kept by, and the record."""
+    item = {"instruction": "Sum up.", "input": "the key tokens. " * 999, "output": "the"}
+    (tmp_path / "cnndm_eval.json").write_text(json.dumps([item]))
+    flags = ["--model_path", str(model_path), "--seeds", "0", "--device", "cpu"]
+    flags += ["--dataset_path", str(tmp_path / "cnndm_eval.json"), "--out", str(tmp_path / "out")]
+    asked = []
+
+    def generate(model, tokenizer, prompts, config, **options):
+        asked.append((len(encode(tokenizer, prompts[0])["input_ids"]), options))
+        return [Generated(["the"], None, 1, 1.0, 1.0, 1.0) for _ in prompts]
+
+    monkeypatch.setattr(measures, "generate", generate)
+    run("table4", [*flags, "--settings", "paper"])
+    count, (tokens, options) = len(asked), asked[-1]
+    assert 1900 < tokens <= 1920
+    assert options["num_beams"] == 4 and options["early_stopping"]
+    assert (options["min_new_tokens"], options["max_new_tokens"]) == (30, 128)
+    record = json.loads((tmp_path / "out" / "table4.json").read_text())
+    lengths = {"max_new_tokens": {"summarization": 128}}
+    expected = {"settings": "paper", **PAPER, **lengths}
+    assert {name: record[name] for name in expected} == expected
+
+    flags += ["--prompt", "alpaca"]
+    each = ("--max_tokenizer_length=1920", "--beam=4", "--early_stopping", "--min_gen_length=30")
+    run("table4", [*flags, *each])
+    assert len(asked) == count  # the same, flag by flag: all is in the store
+    for three in combinations(each, 3):  # and measured anew where one differs
+        run("table4", [*flags, *three])
+    assert len(asked) == 5 * count
+    run("table4", flags)
+    tokens, options = asked[-1]
+    assert tokens > 1920 and options["num_beams"] == 1 and not options["early_stopping"]
+    assert options["min_new_tokens"] is None and len(asked) == 6 * count
 
 
 @dataclass(frozen=True)
@@ -376,7 +437,13 @@ def test_sparsity_and_mass_of_attention(model_path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--n_obs", "9"], "n_obs"),
+        (
+            ["--settings", "paper"],
+            "--max_new_tokens 3 contradicts --settings paper, which sets 128",
+        ),
+        (["--settings", "paper", "--beam", "1"], "--beam 1 contradicts"),
+        (["--settings", "paper", "--no-early_stopping"], "--no-early_stopping contradicts"),
+        (["--min_gen_length", "4"], "--min_gen_length 4 is more than the 3 tokens"),
         (["--bs", "0"], "--bs"),
         (["--task", "summarization", "conversation"], "--dataset_path"),
         (["--model_path", "nowhere"], "nowhere"),

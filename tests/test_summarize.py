@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 import torch
 from conftest import script
 from originals import ORIGINALS, write_original
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MptForCausalLM, PreTrainedTokenizerBase
 
 from keyformer import InputError, KeyformerCache, load_model
 from keyformer.config import METHODS
+from keyformer_evaluation.tasks import data
 from keyformer_evaluation.tasks.data import conversation, user
 from keyformer_evaluation.tasks.flags import run_main
+from keyformer_evaluation.tasks.rouge import METRICS
 
 summarize = script("summarization", "summarize")
 compare = script("summarization", "compare")
@@ -173,6 +176,81 @@ def test_prompt_lengths(run, caches, flags) -> None:
     assert len(seen) == (2 if "--bs" in flags else 5)
 
 
+@pytest.mark.parametrize("arch", ["mpt"], scope="session")
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_every_prompt_begins_with_the_start_token(run, tmp_path, monkeypatch, side) -> None:
+    """Also where it is cut, as which it counts; texts are those of the prompt with it before."""
+    fed = []
+    generate = MptForCausalLM.generate
+
+    def watched(self, input_ids, **options):
+        fed.append((input_ids, options["attention_mask"]))
+        return generate(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(MptForCausalLM, "generate", watched)
+    flags = ["--bs", "5", "--padding_side", side, "--max_tokenizer_length", "250"]
+    flags += ["--store", str(tmp_path / "store"), "--save_prompt_attentions"]
+    flags += ["--attentions_path", str(tmp_path / "att"), "--return_tensors", "pt"]
+    _, without = run(*flags)
+    _, lines = run(*flags, "--decoder_start_token_id", "7")
+    (plain, was_real), (ids, real) = fed
+    for row, seen, before, was_seen in zip(ids, real, plain, was_real, strict=True):
+        text, expected = row[seen.bool()].tolist(), before[was_seen.bool()].tolist()
+        assert text[0] == 7 and len(text) <= 250
+        assert len(text) == min(250, len(expected) + 1) or len(expected) == 250
+        assert text[1:20] == expected[:19] and text[-9:] == expected[-9:]
+    assert lines != without  # and nothing of the other run was taken from the store
+    (file,) = (tmp_path / "att").iterdir()
+    with np.load(file) as saved:
+        assert saved["step0000_layer00_weights"].shape[-1] == ids.shape[1]
+    _, again = run(
+        *flags, "--decoder_start_token_id", str(ids[0, 1 + int(real[0].argmax())].item())
+    )
+    assert again == without and fed[-1][0].shape == plain.shape  # none is put before itself
+
+
+@pytest.mark.parametrize("arch", ["gptj"], scope="session")
+def test_workers_change_nothing(run, tmp_path, monkeypatch) -> None:
+    """Prompts are made in threads and ROUGE in processes: the same texts, from the same items of
+    the store, and the same scores."""
+    flags = ["--max_tokenizer_length", "250", "--store", str(tmp_path / "store")]
+    alone, lines = run(*flags)
+    threads, made = set(), data.make_prompt
+
+    def make_prompt(*given):
+        threads.add(threading.get_ident())
+        return made(*given)
+
+    monkeypatch.setattr(data, "make_prompt", make_prompt)
+    shared, again = run(*flags, "--preprocess_workers", "3", "--postprocess_workers", "2")
+    assert again == lines and shared["items_from_store"] == 5
+    assert {name: shared[name] for name in METRICS} == {name: alone[name] for name in METRICS}
+    assert threads and threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize("arch", ["cerebras"], scope="session")
+def test_spaces_are_cleaned_up(run, tmp_path, monkeypatch) -> None:
+    """Before punctuation and contractions, also where transformers' decoding would not."""
+    decode = PreTrainedTokenizerBase.batch_decode
+
+    def spaced(self, *given, **options):
+        return ["it 's a key , I do n't know ." for _ in decode(self, *given, **options)]
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "batch_decode", spaced)
+    flags = ["--store", str(tmp_path / "store"), "--n_obs", "1"]
+    assert run(*flags)[1] == ["it 's a key , I do n't know ."]
+    assert run(*flags, "--clean_up_tokenization_spaces")[1] == ["it's a key, I don't know."]
+
+
+@pytest.mark.parametrize("arch", ["mpt"], scope="session")
+def test_more_items_than_there_are_is_all_of_them(run, tmp_path, caplog) -> None:
+    flags = ["--store", str(tmp_path / "store")]
+    scores, lines = run(*flags, "--n_obs", "6")
+    assert scores["items"] == 5 and run(*flags)[1] == lines
+    (said,) = (record.getMessage() for record in caplog.records if "n_obs" in record.getMessage())
+    assert said == "--n_obs 6: the dataset has 5 items, all of them are taken"
+
+
 @pytest.mark.parametrize("which", ["--save_attentions", "--save_prompt_attentions"])
 def test_attentions_are_saved_without_pickle(run, tmp_path, which: str) -> None:
     run(which, "--attentions_path", str(tmp_path / "att"), "--keyformer", "--n_obs", "2")
@@ -211,7 +289,6 @@ BAD = [
     (["--bs", "0"], "--bs"),
     (["--bs", "two"], "two"),
     (["--beam", "0"], "--beam"),
-    (["--n_obs", "6"], "from 1 to 5"),
     (["--n_obs", "0"], "--n_obs must be at least 1, got 0"),
     (["--temperature", "0.5"], "--do_sample"),
     (["--do_sample", "--top_p", "1.5"], "1.5"),
@@ -219,6 +296,11 @@ BAD = [
     (["--min_gen_length", "9"], "--max_new_tokens 5"),
     (["--max_tokenizer_length", "3"], "max_tokenizer_length 3"),
     (["--padding", "max_length", "--no_truncation"], "--no_truncation"),
+    (["--return_tensors", "tf"], "must be pt, as generation here runs on PyTorch, got tf"),
+    (["--decoder_start_token_id", "320"], "must be below 320, the model's tokens, got 320"),
+    (["--decoder_start_token_id", "-1"], "--decoder_start_token_id must be at least 0"),
+    (["--preprocess_workers", "0"], "--preprocess_workers"),
+    (["--postprocess_workers", "two"], "two"),
     (["--no-causal_lm"], "encoder-decoder"),
     (["--model_parallelize"], "--device"),
     (["--task", "translation"], "translation"),

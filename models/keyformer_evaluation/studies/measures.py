@@ -62,6 +62,10 @@ class OnItems(ABC):
     prompt_kind
         One of PROMPTS, or None for the default of
         :func:`keyformer_evaluation.tasks.data.prompt_kind`.
+    max_prompt_tokens
+        The longest prompt; None is as many as the positions leave room for.
+    early_stopping, min_new_tokens
+        Of generation.
     """
 
     path: str
@@ -72,8 +76,14 @@ class OnItems(ABC):
     beam: int
     max_new_tokens: int
     prompt_kind: str | None = None
+    max_prompt_tokens: int | None = None
+    early_stopping: bool = False
+    min_new_tokens: int = 0
 
     depends_on: ClassVar[tuple[str, ...]] = ("dtype", "task", "bs")
+    prompt_depends_on: ClassVar[tuple[str, ...]] = (
+        *("prompt_kind", "max_new_tokens", "max_prompt_tokens"),
+    )
 
     @property
     def setting(self) -> Settings:
@@ -111,7 +121,8 @@ class OnItems(ABC):
 
     def prompt(self, item: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
         """An item's prompt, cut where the positions end that the model was trained with."""
-        room = trained_room(model, self.max_new_tokens)
+        rooms = (trained_room(model, self.max_new_tokens), self.max_prompt_tokens)
+        room = min((room for room in rooms if room is not None), default=None)
         task = TASKS[self.task]
         return make_prompt(self.items[item], task, tokenizer, room, self.prompt_kind)
 
@@ -132,7 +143,10 @@ class OnItems(ABC):
 class Rouge(OnItems):
     """rouge1, rouge2 and rougeL of generated texts."""
 
-    depends_on = (*OnItems.depends_on, "prompt_kind", "beam", "max_new_tokens")
+    depends_on = (
+        *(*OnItems.depends_on, *OnItems.prompt_depends_on),
+        *("beam", "early_stopping", "min_new_tokens"),
+    )
     metrics: ClassVar[tuple[str, ...]] = ("rouge1", "rouge2", "rougeL")
 
     @property
@@ -154,6 +168,8 @@ class Rouge(OnItems):
             batch_size=self.bs,
             num_beams=self.beam,
             max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens or None,
+            early_stopping=self.early_stopping and self.beam > 1,
         )
         scores = rouge(
             [task.scored(item, of.texts[0]) for item, of in zip(documents, generated, strict=True)],
@@ -241,7 +257,7 @@ class Continued(Likelihood):
 class Reference(OnItems):
     """nll: of a token of the reference after the evicted prompt, on average, in nats."""
 
-    depends_on = (*OnItems.depends_on, "prompt_kind", "max_new_tokens")
+    depends_on = (*OnItems.depends_on, *OnItems.prompt_depends_on)
 
     def __call__(
         self, config: KeyformerConfig, device: torch.device, items: Sequence[int]
@@ -272,7 +288,7 @@ class Agreement(OnItems):
     That text is fed token by token, so that one that differs does not make others differ.
     """
 
-    depends_on = (*OnItems.depends_on, "prompt_kind", "max_new_tokens")
+    depends_on = (*OnItems.depends_on, *OnItems.prompt_depends_on)
 
     @property
     def calls(self) -> float:
@@ -394,7 +410,7 @@ class Answered(OnItems):
 class Watched(OnItems):
     """The base of what looks at attention while an item's reference is read after its prompt."""
 
-    depends_on: ClassVar[tuple[str, ...]] = ("dtype", "task", "prompt_kind", "max_new_tokens")
+    depends_on: ClassVar[tuple[str, ...]] = ("dtype", "task", *OnItems.prompt_depends_on)
     calls = 2
 
     def watch(

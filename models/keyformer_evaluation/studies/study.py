@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import math
@@ -23,6 +24,7 @@ from keyformer_evaluation.records.results import (
     write_text,
 )
 from keyformer_evaluation.studies.measures import SUMMARIES, OnItems
+from keyformer_evaluation.studies.published import papers_model
 from keyformer_evaluation.studies.sweep import (
     Cell,
     Found,
@@ -57,9 +59,27 @@ KINDS = {"summarization": "news", "conversation": "dialogue"}
 QUICK = {"n_obs": 2, "max_new_tokens": 4, "characters": 120}
 """What --quick takes of the dataset and of each document, and generates."""
 
+PLAIN: dict[str, Any] = {
+    **{"prompt": None, "max_tokenizer_length": None, "beam": 1, "early_stopping": False},
+    **{"min_gen_length": 0, "max_new_tokens": None},
+}
+"""What prompts are and how texts are generated, by the flags' names, unless they say otherwise."""
+
+PAPER: dict[str, Any] = {
+    **{"prompt": "alpaca", "max_tokenizer_length": 1920, "beam": 4, "early_stopping": True},
+    **{"min_gen_length": 30, "max_new_tokens": 128},
+}
+"""The same in the runs that the authors released: --settings paper."""
+
 Panel = tuple[str, str]
 """A model's name and a task: what gets a table and a panel of its own."""
 Results = dict[Panel, list[Row]]
+
+Numbers = dict[tuple[Any, ...], tuple[float, ...]]
+"""The paper's, by the values of a row's labels: of the metric that rows are compared by alone, or
+ROUGE-1, 2 and L."""
+Published = dict[tuple[str, str], Numbers]
+"""By one of the paper's models, see :mod:`.published`, and task."""
 
 
 class Study:
@@ -81,6 +101,8 @@ class Study:
         What is measured where there is neither --model_path nor --quick.
     measures
         What --measure is by default: one, or several at once; without any there is no such flag.
+    paper
+        What --settings paper sets.
 
     Raises
     ------
@@ -98,6 +120,7 @@ class Study:
         generates: bool = True,
         models: Sequence[Path] = BUNDLED_MODELS,
         measures: Sequence[str] = ("rouge",),
+        paper: Mapping[str, Any] = PAPER,
         more_flags: Callable[[flag.Parser], object] = lambda parser: None,
     ) -> None:
         self.name = name
@@ -122,6 +145,7 @@ class Study:
             _generation_flags(parser, measures)
         more_flags(parser)
         flags = parser.parse_args(self.argv)
+        settle(flags, paper)
         if flags.quick:
             models, flags.seeds = BUNDLED_MODELS[:1], flags.seeds[:1]
             flags.n_obs = flags.n_obs or QUICK["n_obs"]
@@ -139,6 +163,12 @@ class Study:
             written, *files = (self._file(kind, part) for kind in ("json", "csv", "png", "svg"))
             check_record(written, *files, script=f"{name}.py", store=flags.store)
         self.items = self._load(items) if generates else {}
+        for task in self.items:
+            if flags.min_gen_length > self.max_new_tokens(task):
+                raise InputError(
+                    f"--min_gen_length {flags.min_gen_length} is more than the"
+                    f" {self.max_new_tokens(task)} tokens that are generated at most"
+                )
 
     def _load(self, items: Callable[[str], list[Item]] | None) -> dict[str, list[Item]]:
         """By task its documents."""
@@ -209,6 +239,9 @@ class Study:
                 beam=flags.beam,
                 max_new_tokens=self.max_new_tokens(task),
                 prompt_kind=flags.prompt,
+                max_prompt_tokens=flags.max_tokenizer_length,
+                early_stopping=flags.early_stopping,
+                min_new_tokens=flags.min_gen_length,
                 **more,
             )
             for path in flags.model_path
@@ -263,6 +296,11 @@ class Study:
         used = seeds if config.draws_noise else seeds[:1]
         return [Run(measure, replace(config, seed=seed)) for seed in used]
 
+    def beside(self, results: Results, published: Published) -> dict[Panel, Numbers]:
+        """In each panel the paper's numbers, if it is one of its models and tasks."""
+        known = {Path(path).name: papers_model(path) or "" for path in self.flags.model_path}
+        return {(model, task): published.get((known[model], task), {}) for model, task in results}
+
     def find(self, runs: Iterable[Run]) -> Generator[Request, Found, Found]:
         """Have runs measured."""
         flags = self.flags
@@ -302,7 +340,9 @@ class Study:
         if self.items:
             settings["items"] = {task: len(of) for task, of in self.items.items()}
             settings["measure"] = getattr(self.flags, "measure", None)
-            settings |= {"beam": self.flags.beam, "prompt": self.flags.prompt or "default"}
+            settings["settings"] = getattr(self.flags, "settings", None)
+            settings |= {name: getattr(self.flags, name) for name in PLAIN}
+            settings["prompt"] = self.flags.prompt or "default"
             settings["max_new_tokens"] = {task: self.max_new_tokens(task) for task in self.items}
         came = record(sources(self.found))
         came["command"] = shlex.join(["python", f"paper/{self.name}.py", *self.argv])
@@ -337,9 +377,41 @@ def _generation_flags(parser: flag.Parser, measures: Sequence[str]) -> None:
             " reference; agreement with the full cache's; continued, that likelihood of a token of"
             " the document's end (default: %(default)s)",
         )
+    parser.add_argument(
+        "--settings",
+        choices=("paper",),
+        help="the six flags below as in the runs that the paper's authors released: the alpaca"
+        " prompt cut to 1920 tokens, four beams with early stopping, 30 to 128 new tokens",
+    )
     flag.prompt_flag(parser)
-    parser.add_argument("--beam", type=flag.WIDTH, default=1, help="beams; the paper's runs use 4")
+    parser.add_argument(
+        "--max_tokenizer_length",
+        type=flag.whole(1, 2**20),
+        help="longest prompt in tokens (default: what the positions have room for)",
+    )
+    parser.add_argument("--beam", type=flag.WIDTH, help="beams (default: 1)")
+    parser.add_argument(
+        "--early_stopping", action=argparse.BooleanOptionalAction, help="of beam search"
+    )
+    parser.add_argument("--min_gen_length", type=flag.whole(0), help="generated at least")
     parser.add_argument("--max_new_tokens", type=flag.whole(1), help="default: the task's")
+
+
+def settle(flags: argparse.Namespace, paper: Mapping[str, Any]) -> None:
+    """Give those of ``PLAIN`` that no flag names their values: by --settings, or the plain ones.
+
+    Raises
+    ------
+    InputError
+        If a flag says otherwise than --settings.
+    """
+    chosen = getattr(flags, "settings", None)
+    for name, value in (paper if chosen else PLAIN).items():
+        given = getattr(flags, name, None)
+        if chosen and given not in (None, value):
+            said = f"--no-{name}" if given is False else f"--{name} {given}"
+            raise InputError(f"{said} contradicts --settings {chosen}, which sets {value}")
+        setattr(flags, name, value if given is None else given)
 
 
 def run_study(main: Callable[[Sequence[str] | None], Steps]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from keyformer_evaluation.studies.study import Results
+from keyformer_evaluation.studies.study import Numbers, Panel, Results
 from keyformer_evaluation.studies.sweep import Estimate, Row, estimate
 
 NAMES = {
@@ -35,9 +35,8 @@ MINUS = "_minus_"
 
 NOTHING: Estimate = (math.nan, math.nan, math.nan)
 
-Published = dict[str, dict[tuple[Any, ...], tuple[float, ...]]]
-"""By model, and by the values of a row's labels, the paper's numbers: ROUGE-2 alone, or
-ROUGE-1, 2 and L."""
+PUBLISHED = ("rouge2", "accuracy")
+"""Those that the paper compares by."""
 
 
 def compared_metric(row: Row) -> str | None:
@@ -56,11 +55,11 @@ def spanned(value: Estimate, digits: int, sign: str = "") -> str:
     return f"{mean} ({low} to {high})"
 
 
-def print_tables(results: Results, published: Published | None = None) -> None:
+def print_tables(results: Results, published: Mapping[Panel, Numbers] | None = None) -> None:
     """For each panel its rows: labels, metrics with intervals, overlaps, the paper's numbers."""
     for (model, task), rows in results.items():
         compared = compared_metric(rows[0])
-        known = (published or {}).get(model, {}) if compared == "rouge2" else {}
+        known = (published or {}).get((model, task), {}) if compared in PUBLISHED else {}
         print(f"\n{model}, {task}: mean and 95 % interval")
         metrics = [NAMES.get(metric, metric.replace("_", " ")) for metric in rows[0].values]
         lines = [[*rows[0].labels, "seeds", *metrics]]
@@ -70,11 +69,9 @@ def print_tables(results: Results, published: Published | None = None) -> None:
             lines[0].append("overlap")
             groups = alike(rows, compared)
         if known:
-            lines[0].append(
-                "paper: ROUGE-1 / 2 / L"
-                if len(next(iter(known.values()))) > 1
-                else "paper: ROUGE-2"
-            )
+            several = len(next(iter(known.values()))) > 1
+            of = "ROUGE-1 / 2 / L" if several else NAMES[compared or ""]
+            lines[0].append(f"paper: {of}")
         for row, letters in zip(rows, groups, strict=True):
             line = [str(value) for value in row.labels.values()] + [str(row.seeds)]
             line += [

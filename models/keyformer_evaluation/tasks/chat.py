@@ -15,7 +15,7 @@ from transformers import (
 
 from keyformer.cache import KeyformerCache
 from keyformer.config import KeyformerConfig
-from keyformer_evaluation.tasks.data import dialogue_opening
+from keyformer_evaluation.tasks.data import dialogue_opening, prompt_tokens
 from keyformer_evaluation.tasks.generation import ends_text
 
 
@@ -33,6 +33,8 @@ class Chat:
         The situation.
     speakers
         The names of the user and of the model's part.
+    start_token
+        What the text begins with: see :func:`.data.prompt_tokens`.
     generate_options
         Passed to ``model.generate``; one sequence a turn, so no beams.
     """
@@ -44,11 +46,12 @@ class Chat:
         config: KeyformerConfig,
         narrative: str,
         speakers: tuple[str, str],
+        start_token: int | None = None,
         **generate_options: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.cache = KeyformerCache(model.config, config)
-        self.speakers = speakers
+        self.speakers, self.start_token = speakers, start_token
         self.generate_options = generate_options
         self._before = dialogue_opening(narrative, speakers)
         self._unfed = torch.zeros(1, 0, dtype=torch.int64, device=model.device)
@@ -92,11 +95,11 @@ class Chat:
 
     def _encode(self, text: str) -> Tensor:
         """What is still to be fed and ``text``, (1, tokens) int64."""
-        first = self.cache.get_seq_length() == 0
-        ids = self.tokenizer(text, add_special_tokens=first, return_tensors="pt", verbose=False)[
-            "input_ids"
-        ]
-        return torch.cat([self._unfed, ids.to(self._unfed)], dim=-1)
+        if self.cache.get_seq_length() == 0:
+            (ids,) = prompt_tokens(self.tokenizer, [text], self.start_token)
+        else:
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return torch.cat([self._unfed, self._unfed.new_tensor([ids])], dim=-1)
 
 
 class _EndOfLine(StoppingCriteria):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import logging
+import math
 import random
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -292,16 +295,19 @@ def make_prompt(
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None = None,
     kind: str | None = None,
+    start: int | None = None,
 ) -> str:
     """An item's prompt, its document cut so that the prompt has at most ``max_tokens``.
 
-    The instruction and the end of the template are kept whole. What :func:`encode` makes of the
-    prompt is what counts.
+    The instruction and the end of the template are kept whole. What :func:`prompt_tokens` makes
+    of the prompt is what counts.
 
     Parameters
     ----------
     kind
         One of PROMPTS, or the default of :func:`prompt_kind`.
+    start
+        A token that counts too: see :func:`prompt_tokens`.
 
     Raises
     ------
@@ -318,7 +324,7 @@ def make_prompt(
     prompt = written(item)
     if max_tokens is None:
         return prompt
-    excess = _length(tokenizer, prompt) - max_tokens
+    excess = prompt_length(tokenizer, prompt, start) - max_tokens
     if excess <= 0:
         return prompt
     document = tokenizer(item[task.document], verbose=False, add_special_tokens=False)["input_ids"]
@@ -332,8 +338,34 @@ def make_prompt(
             )
         text = tokenizer.decode(document, skip_special_tokens=True)
         prompt = written({**item, task.document: text})
-        excess = _length(tokenizer, prompt) - max_tokens
+        excess = prompt_length(tokenizer, prompt, start) - max_tokens
     return prompt
+
+
+def make_prompts(
+    items: Sequence[Item],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None = None,
+    kind: str | None = None,
+    start: int | None = None,
+    workers: int = 1,
+) -> list[str]:
+    """:func:`make_prompt` of each item, in as many threads as there are ``workers``.
+
+    Tokenizers let go of Python's lock, but one cannot serve two threads: each has a copy.
+    """
+
+    def of(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        return [make_prompt(item, task, tokenizer, max_tokens, kind, start) for item in items]
+
+    if workers == 1:
+        return of(items, tokenizer)
+    size = max(1, math.ceil(len(items) / workers))
+    parts = [items[at : at + size] for at in range(0, len(items), size)]
+    copies = [copy.deepcopy(tokenizer) for _ in parts]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(itertools.chain.from_iterable(pool.map(of, parts, copies)))
 
 
 def prompt_room(
@@ -449,5 +481,16 @@ def encode(
     return tokenizer(prompts, add_special_tokens=not has_bos, verbose=False, **options)
 
 
-def _length(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
-    return len(encode(tokenizer, prompt)["input_ids"])
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], start: int | None = None
+) -> list[list[int]]:
+    """What :func:`encode` makes of each prompt, after ``start``, a token that all begin with."""
+    rows: list[list[int]] = encode(tokenizer, list(prompts))["input_ids"]
+    if start is None:
+        return rows
+    return [row if row[:1] == [start] else [start, *row] for row in rows]
+
+
+def prompt_length(tokenizer: PreTrainedTokenizerBase, prompt: str, start: int | None = None) -> int:
+    """How many tokens :func:`prompt_tokens` makes of one prompt."""
+    return len(prompt_tokens(tokenizer, [prompt], start)[0])

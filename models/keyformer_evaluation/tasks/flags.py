@@ -87,6 +87,8 @@ FACTOR = real(1e-4, 1e4)
 """Of logits: they stay finite, and of any use, within."""
 WIDTH = whole(1, 256)
 """Sequences that a prompt is multiplied by."""
+WORKERS = whole(1, 256)
+"""Threads or processes."""
 
 
 def run_main(main: Callable[[Sequence[str] | None], None]) -> NoReturn:
@@ -376,6 +378,20 @@ def _data_flags(parser: argparse.ArgumentParser, task: str, dataset_path: Path) 
         " --max_new_tokens, the model's table of positions (default: %(default)s)",
     )
     group.add_argument("--no_truncation", action="store_true", help="prompts are never cut")
+    group.add_argument(
+        "--decoder_start_token_id",
+        type=whole(0),
+        help="token that every prompt begins with; put before those that do not (default: none)",
+    )
+    group.add_argument(
+        "--preprocess_workers",
+        type=WORKERS,
+        default=1,
+        help="threads that cut and tokenize the prompts before the model runs",
+    )
+    group.add_argument(
+        "--return_tensors", default="pt", help="of the tokenizer; pt, PyTorch's, is all there is"
+    )
     group.add_argument("--padding", choices=("longest", "max_length"), default="longest")
     group.add_argument("--padding_side", choices=("left", "right"), default="left")
 
@@ -407,6 +423,14 @@ def _output_flags(parser: argparse.ArgumentParser, out: Path, save_path: Path) -
         help="add each sequence's log-probability per token to --score_path",
     )
     group.add_argument("--include_special_tokens", action="store_true")
+    group.add_argument(
+        "--clean_up_tokenization_spaces",
+        action="store_true",
+        help="drop spaces before punctuation and contractions from what is decoded",
+    )
+    group.add_argument(
+        "--postprocess_workers", type=WORKERS, default=1, help="processes that compute ROUGE"
+    )
     rouge_flag(group)
     store_flags(group, out / "finished.sqlite")
 
@@ -487,6 +511,11 @@ def check_task_flags(flags: argparse.Namespace) -> None:
         )
     if flags.prefill_chunk is not None and (flags.save_attentions or flags.save_prompt_attentions):
         raise InputError("--prefill_chunk contradicts --save_attentions: a step is then many calls")
+    if flags.return_tensors != "pt":
+        raise InputError(
+            f"--return_tensors must be pt, as generation here runs on PyTorch, got"
+            f" {flags.return_tensors}"
+        )
     if flags.padding == "max_length" and flags.no_truncation:
         raise InputError("--padding max_length contradicts --no_truncation")
 

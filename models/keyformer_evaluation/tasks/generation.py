@@ -16,7 +16,7 @@ from keyformer.cache import KeyformerCache
 from keyformer.config import KeyformerConfig
 from keyformer_evaluation.records.identity import noise_id
 from keyformer_evaluation.tasks.attentions import AttentionRecorder
-from keyformer_evaluation.tasks.data import encode
+from keyformer_evaluation.tasks.data import prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,13 @@ def generate_batch(
     prompts: Sequence[str],
     config: KeyformerConfig,
     *,
+    start_token: int | None = None,
     padding: bool | str = True,
     max_prompt_tokens: int | None = None,
     max_total_tokens: int | None = None,
     include_prompt: bool = False,
     include_special_tokens: bool = False,
+    clean_up_spaces: bool = False,
     sequence_scores: bool = False,
     attentions: tuple[Path, bool, bool] | None = None,
     **generate_options: Any,
@@ -111,12 +113,16 @@ def generate_batch(
 
     Parameters
     ----------
+    start_token
+        What every prompt begins with: see :func:`.data.prompt_tokens`.
     padding, max_prompt_tokens
         As the tokenizer's ``padding`` and ``max_length``; prompts are not cut here.
     max_total_tokens
         Bound on prompt and generated tokens together, beside ``max_new_tokens``.
     include_prompt, include_special_tokens
         What the texts contain beside the generated words.
+    clean_up_spaces
+        Whether spaces before punctuation and contractions are dropped.
     sequence_scores
         Fill in ``Generated.sequence_scores``.
     attentions
@@ -125,12 +131,11 @@ def generate_batch(
     generate_options
         Passed to ``model.generate``; ``max_new_tokens`` is required.
     """
-    inputs = encode(
-        tokenizer,
-        list(prompts),
+    inputs = tokenizer.pad(
+        {"input_ids": prompt_tokens(tokenizer, prompts, start_token)},
         padding=padding,
         max_length=max_prompt_tokens if padding == "max_length" else None,
-        return_token_type_ids=False,
+        return_attention_mask=True,
         return_tensors="pt",
     ).to(model.device)
     prompt_length = inputs["input_ids"].shape[1]
@@ -166,6 +171,8 @@ def generate_batch(
         output.sequences if include_prompt else new_tokens,
         skip_special_tokens=not include_special_tokens,
     )
+    if clean_up_spaces:  # here, as decoding does not do so with BPE whatever it is told
+        texts = [*map(tokenizer.clean_up_tokenization, texts)]
     scores = _sequence_scores(model, output, lengths) if sequence_scores else None
     share, each = 1 / len(prompts), len(texts) // len(prompts)
     return [

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Sequence
-from functools import cache
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 
 from nltk.stem.porter import PorterStemmer
 from nltk.tokenize.punkt import PunktSentenceTokenizer
@@ -26,7 +27,10 @@ UNSPACED = (
 
 
 def rouge(
-    predictions: Sequence[str], references: Sequence[str], tokenizer: str = "default"
+    predictions: Sequence[str],
+    references: Sequence[str],
+    tokenizer: str = "default",
+    workers: int = 1,
 ) -> list[dict[str, float]]:
     """F-measure of each prediction against its reference, times 100.
 
@@ -36,27 +40,39 @@ def rouge(
         "default", rouge-score's own, as in the paper: it reads a to z and digits and drops
         everything else, of which a warning is logged. "unicode", see
         :class:`UnicodeTokenizer`: the same on English, and words or characters of any script.
+    workers
+        Processes that share the pairs; 1 is this one.
 
     Returns
     -------
     list
         For each pair a dict with rouge1, rouge2, rougeL and rougeLsum (sentence by sentence).
     """
+    dropped = sum(map(_mostly_dropped, references)) if tokenizer == "default" else 0
+    if dropped:
+        _warn(
+            f"ROUGE drops most letters of {dropped} of {len(references)} references, and with"
+            " them of what is compared: its default tokenizer reads a to z only;"
+            " --rouge_tokenizer unicode reads all scripts"
+        )
+    score, pairs = partial(_score, tokenizer), [*zip(predictions, references, strict=True)]
+    if workers == 1:
+        return [*map(score, pairs)]
+    with ProcessPoolExecutor(workers) as pool:
+        return [*pool.map(score, pairs, chunksize=max(1, len(pairs) // (4 * workers)))]
+
+
+def _score(tokenizer: str, pair: tuple[str, str]) -> dict[str, float]:
+    prediction, reference = map(_a_sentence_a_line, pair)
+    found = _scorer(tokenizer).score(reference, prediction)
+    return {name: 100 * found[name].fmeasure for name in METRICS}
+
+
+@cache
+def _scorer(tokenizer: str) -> RougeScorer:
     if tokenizer == "default":
-        if dropped := sum(map(_mostly_dropped, references)):
-            _warn(
-                f"ROUGE drops most letters of {dropped} of {len(references)} references, and with"
-                " them of what is compared: its default tokenizer reads a to z only;"
-                " --rouge_tokenizer unicode reads all scripts"
-            )
-        scorer = RougeScorer(METRICS, use_stemmer=True)
-    else:
-        scorer = RougeScorer(METRICS, tokenizer=UnicodeTokenizer())
-    scores = []
-    for prediction, reference in zip(predictions, references, strict=True):
-        result = scorer.score(_a_sentence_a_line(reference), _a_sentence_a_line(prediction))
-        scores.append({name: 100 * result[name].fmeasure for name in METRICS})
-    return scores
+        return RougeScorer(METRICS, use_stemmer=True)
+    return RougeScorer(METRICS, tokenizer=UnicodeTokenizer())
 
 
 class UnicodeTokenizer(Tokenizer):

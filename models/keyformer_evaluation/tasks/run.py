@@ -31,10 +31,10 @@ from keyformer_evaluation.tasks.data import (
     TASKS,
     Item,
     Task,
-    encode,
     load_items,
-    make_prompt,
+    make_prompts,
     prompt_kind,
+    prompt_length,
     prompt_room,
     sample,
 )
@@ -206,7 +206,9 @@ def run_task(flags: argparse.Namespace) -> dict[str, Any]:
         found = generated(job, store)
         done = [items[item] for item in found]
         result = {
-            **summary([*found.values()], done, task, flags.rouge_tokenizer),
+            **summary(
+                [*found.values()], done, task, flags.rouge_tokenizer, flags.postprocess_workers
+            ),
             "unfinished": len(items) - len(found),
             "items_from_store": kept,
             "rouge_tokenizer": flags.rouge_tokenizer,
@@ -235,6 +237,22 @@ def saves_attentions(flags: argparse.Namespace) -> bool:
     return flags.save_attentions or flags.save_prompt_attentions
 
 
+def start_token(flags: argparse.Namespace, model: PreTrainedModel) -> int | None:
+    """What prompts begin with, by the flags.
+
+    Raises
+    ------
+    InputError
+        If the model has no such token.
+    """
+    start, known = flags.decoder_start_token_id, model.get_input_embeddings().num_embeddings
+    if start is not None and start >= known:
+        raise InputError(
+            f"--decoder_start_token_id must be below {known}, the model's tokens, got {start}"
+        )
+    return start
+
+
 def task_prompts(
     flags: argparse.Namespace,
     items: Sequence[Item],
@@ -248,17 +266,19 @@ def task_prompts(
     Raises
     ------
     InputError
-        If the model's positions have no room for a prompt.
+        If the model's positions have no room for a prompt, or as :func:`start_token` does.
     """
+    start = start_token(flags, model)
     room = prompt_room(model, flags.max_new_tokens, config)
     longest = flags.max_tokenizer_length if room is None else min(flags.max_tokenizer_length, room)
     if flags.no_truncation:
         longest = None
-    prompts = [make_prompt(item, TASKS[flags.task], tokenizer, longest, kind) for item in items]
+    task, workers = TASKS[flags.task], flags.preprocess_workers
+    prompts = make_prompts(items, task, tokenizer, longest, kind, start, workers)
     if flags.no_truncation:
         names = [f"item {number}" for number in range(len(items))]
         advice = "leave out --no_truncation, or lower --max_new_tokens"
-        check_lengths(prompts, names, tokenizer, room, advice)
+        check_lengths(prompts, names, tokenizer, room, advice, start)
     return prompts, longest
 
 
@@ -287,11 +307,13 @@ def task_generation(
         config,
         flags.seed,
         attentions=attentions,
+        start_token=flags.decoder_start_token_id,
         padding=flags.padding,
         max_prompt_tokens=longest if flags.padding == "max_length" else None,
         max_total_tokens=flags.max_gen_length,
         include_prompt=not flags.output_summaries_only,
         include_special_tokens=flags.include_special_tokens,
+        clean_up_spaces=flags.clean_up_tokenization_spaces,
         sequence_scores=flags.output_sequence_scores,
         **flag.generate_options(flags),
     )
@@ -309,6 +331,7 @@ def check_lengths(
     tokenizer: PreTrainedTokenizerBase,
     room: int | None,
     advice: str,
+    start: int | None = None,
 ) -> None:
     """Refuse prompts that the positions cannot hold, before anything is generated.
 
@@ -320,6 +343,8 @@ def check_lengths(
         Tokens that a prompt may have; None is any.
     advice
         What to do about it.
+    start
+        What prompts begin with: see :func:`.data.prompt_tokens`.
 
     Raises
     ------
@@ -329,7 +354,7 @@ def check_lengths(
     if room is None:
         return
     for name, prompt in zip(names, prompts, strict=True):
-        tokens = len(encode(tokenizer, prompt)["input_ids"])
+        tokens = prompt_length(tokenizer, prompt, start)
         if tokens > room:
             raise InputError(
                 f"the prompt of {name} has {tokens} tokens and the model's positions leave"
@@ -342,12 +367,13 @@ def summary(
     items: Sequence[Item],
     task: Task,
     rouge_tokenizer: str = "default",
+    workers: int = 1,
 ) -> dict[str, Any]:
     """The figures of a run over items, of which there may be none.
 
     Parameters
     ----------
-    rouge_tokenizer
+    rouge_tokenizer, workers
         See :func:`keyformer_evaluation.tasks.rouge.rouge`.
 
     Returns
@@ -367,7 +393,7 @@ def summary(
     tokens, seconds = sum(of.tokens for of in found), sum(of.seconds for of in found)
     return {
         "items": len(found),
-        **mean(rouge(best, references, rouge_tokenizer)),
+        **mean(rouge(best, references, rouge_tokenizer, workers)),
         "gen_len": sum(len(text) for text in texts),
         "gen_num": len(texts),
         "gen_tokens": tokens,
