@@ -16,6 +16,7 @@ from pathlib import Path
 
 from keyformer.config import InputError, KeyformerConfig
 from keyformer_evaluation.studies.measures import Likelihood, OnItems
+from keyformer_evaluation.studies.pictures import Figure
 from keyformer_evaluation.studies.sizes import size_curves
 from keyformer_evaluation.studies.study import KINDS, Panel, Results, Study, run_study
 from keyformer_evaluation.studies.sweep import Cell, Labels, Row, Steps, plain
@@ -26,6 +27,7 @@ from keyformer_evaluation.studies.tables import (
     print_columns,
     print_tables,
 )
+from keyformer_evaluation.studies.written import Written
 from keyformer_evaluation.tasks.data import TASKS, Item, load_items
 from keyformer_evaluation.tasks.flags import Parser
 from tiny.corpus import document
@@ -60,7 +62,7 @@ def more_flags(parser: Parser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Search, measure, say whether there is one, write."""
-    study = Study("beyond", __doc__, argv, more_flags=more_flags)
+    study = Study("beyond", __doc__, argv, PICTURES, more_flags=more_flags)
     searched = search_items(study)
     base = KeyformerConfig.preset("h2o", kv_cache=SEARCHED_AT)
     grid = [
@@ -92,8 +94,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
     results = yield from study.measure(cells, measures(study, study.items))
     print_tables(results)
     verdict(results, [described(of.config) for of in finalists], searched)
-    title = "One score for everything? Settings chosen on other documents"
-    study.write(results, size_curves(results, title))
+    study.write(results)
 
 
 def search_items(study: Study) -> dict[str, list[Item]]:
@@ -206,6 +207,30 @@ def verdict(results: Results, settings: list[str], searched: dict[str, list[Item
         )
     else:
         print("No setting beats all of them everywhere: there is no preset to be made of one.")
+
+
+def picture(written: Written) -> Figure:
+    """Every method over the size of the cache."""
+    title = "Is one score best everywhere? Two settings beside the known methods"
+    names = {
+        row.labels["method"]: named(row.labels)
+        for rows in written.results.values()
+        for row in rows
+        if row.labels["method"] not in ("full", *BASELINES)
+    }
+    return size_curves(written, title, "settings chosen on other documents", names=names)
+
+
+def named(of: Labels) -> str:
+    """A setting, for who has not read what distinguishes it from H2O."""
+    forgotten = "" if of["forgetting"] == 1 else f", forgetting {of['forgetting']}"
+    noise = "no noise" if of["noise"] == "none" else f"{of['noise']} noise"
+    warm = " to ".join(dict.fromkeys(str(of[name]) for name in ("tau_init", "tau_end")))
+    ranked = f"{of['normalize']} of attention{forgotten}, {of['recent']} % recent"
+    return f"{ranked}, {noise}, temperature {warm}"
+
+
+PICTURES = {"": picture}
 
 
 if __name__ == "__main__":

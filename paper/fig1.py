@@ -12,10 +12,12 @@ from keyformer.config import KeyformerConfig
 from keyformer_evaluation.speed.script import Speed
 from keyformer_evaluation.speed.throughput import longest_text
 from keyformer_evaluation.speed.timing import Record
-from keyformer_evaluation.studies.pictures import COLORS, Figure
+from keyformer_evaluation.studies.pictures import LOOKS, Figure, Look, model_name, page
+from keyformer_evaluation.studies.written import Written
 from keyformer_evaluation.tasks.flags import run_main
 
 ENGINES = ("stock", "full", "keyformer")
+WEIGHTS = Look("the model's weights", "#666666", "", ":")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,14 +27,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         __doc__,
         argv,
         Path(__file__).parent,
-        draws=True,
+        pictures=PICTURES,
         length=(512, 1024, 2048, 4096, 8192),
         batch=1,
         stretch=64,
     )
     longest = max(speed.flags.length)
     speed.check_positions(longest_text(longest // 2, longest - longest // 2, speed.flags.stretch))
-    speed.draw(picture(speed.write(rows(speed))))
+    speed.write(rows(speed))
 
 
 def rows(speed: Speed) -> Iterator[Record]:
@@ -53,25 +55,41 @@ def rows(speed: Speed) -> Iterator[Record]:
                 yield labels | measured | sizes
 
 
-def picture(done: Sequence[Record]) -> Figure:
+def picture(written: Written) -> Figure:
     """Seconds on the left, bytes at the end of the text on the right, of the first model."""
+    done, flags = written.rows, written.record["flags"]
     model = done[0]["model"]
-    figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    latency, size = figure.subplots(1, 2)
-    for engine in ENGINES:
+    figure, ((latency, size),) = page(
+        f"Time and memory of long texts, {model_name(model)}",
+        f"half of each text is the prompt, half is generated greedily · batch {flags['batch']}"
+        f" · Keyformer with {float(flags['kv_cache']):g} % of the cache"
+        f" · {flags['dtype']}, random weights, {written.record['device']}"
+        " · transformers and the full cache keep the same",
+        1,
+        2,
+        [LOOKS[engine] for engine in ENGINES] + [WEIGHTS],
+        height=3.2,
+    )
+    for place, engine in enumerate(ENGINES):
         of_engine = [row for row in done if (row["model"], row["engine"]) == (model, engine)]
-        look = {"marker": "o", "label": engine, "color": COLORS.get(engine, "#9467bd")}
+        look = LOOKS[engine]
+        style = {"color": look.color, "marker": look.marker, "linestyle": look.line}
+        style["markersize"] = 11 - 2.5 * place  # so that both of two that coincide are seen
         timed = [row for row in of_engine if "seconds" in row]
-        latency.plot([r["length"] for r in timed], [r["seconds"] for r in timed], **look)
-        size.plot([r["length"] for r in of_engine], [r["kv_gb"] for r in of_engine], **look)
-    size.axhline(done[0]["weights_gb"], color="black", linewidth=0.8, linestyle=":")
+        latency.plot([r["length"] for r in timed], [r["seconds"] for r in timed], **style)
+        size.plot([r["length"] for r in of_engine], [r["kv_gb"] for r in of_engine], **style)
+    size.axhline(done[0]["weights_gb"], color=WEIGHTS.color, linestyle=WEIGHTS.line)
+    latency.set_title("time for the whole text", loc="left")
     latency.set_ylabel("seconds")
-    size.set_ylabel("keys and values, GB (dotted: weights)")
+    size.set_title("keys and values at its end", loc="left")
+    size.set_ylabel("GB")
     for ax in (latency, size):
-        ax.set_xlabel("tokens, half of them generated")
-        ax.legend(fontsize=8)
-    figure.suptitle(model)
+        ax.set_xlabel("length of the text (tokens)")
+        ax.set_ylim(bottom=0)
     return figure
+
+
+PICTURES = {"": picture}
 
 
 if __name__ == "__main__":

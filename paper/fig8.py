@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from keyformer_evaluation.studies.sizes import sweep_sizes
+from keyformer_evaluation.studies.pictures import Figure
+from keyformer_evaluation.studies.sizes import size_curves, sweep_sizes
 from keyformer_evaluation.studies.study import KINDS, PAPER, Study, run_study
 from keyformer_evaluation.studies.sweep import Steps
+from keyformer_evaluation.studies.written import Written
 from keyformer_evaluation.tasks.data import Item
 from tiny.corpus import document
 
@@ -27,8 +29,16 @@ def long_documents(task: str) -> list[Item]:
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
     paper = {**PAPER, "max_tokenizer_length": 8192}
-    study = Study("fig8", __doc__, argv, items=long_documents, paper=paper)
-    yield from sweep_sizes(study, SIZES, "Long documents", compared_at=(50,))
+    study = Study("fig8", __doc__, argv, PICTURES, items=long_documents, paper=paper)
+    yield from sweep_sizes(study, SIZES, compared_at=(50,))
+
+
+def picture(written: Written) -> Figure:
+    """Every method over the size of the cache."""
+    return size_curves(written, "Long documents, by the size of the cache")
+
+
+PICTURES = {"": picture}
 
 
 if __name__ == "__main__":

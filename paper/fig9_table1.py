@@ -6,12 +6,14 @@ Of long texts a stretch of tokens is timed at three lengths and integrated (--st
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from keyformer_evaluation.speed.script import Speed
 from keyformer_evaluation.speed.throughput import longest_text
 from keyformer_evaluation.speed.timing import Record
-from keyformer_evaluation.studies.pictures import COLORS, Figure
+from keyformer_evaluation.studies.pictures import LOOKS, Figure, model_name, page
+from keyformer_evaluation.studies.written import Written
 from keyformer_evaluation.tasks.flags import run_main
 
 METHODS = {"stock": 100.0, "full": 100.0, "h2o": 90.0, "keyformer": 50.0}
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         __doc__,
         argv,
         Path(__file__).parent,
-        draws=True,
+        pictures=PICTURES,
         prompt=(1024, 2048, 4096),
         batch=1,
         beams=4,
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     longest = max(speed.flags.prompt)
     speed.check_positions(longest_text(longest, longest, speed.flags.stretch))
-    speed.draw(picture(speed.write(rows(speed))))
+    speed.write(rows(speed))
 
 
 def rows(speed: Speed) -> Iterator[Record]:
@@ -65,29 +67,50 @@ def rows(speed: Speed) -> Iterator[Record]:
                 yield labels | measured | {"paper tokens/s": paper}
 
 
-def picture(done: Sequence[Record]) -> Figure:
-    """Tokens a second as multiples of stock transformers'."""
+def picture(written: Written) -> Figure:
+    """Tokens a second, of each model; how many times stock transformers' is told above."""
+    done, record = written.rows, written.record
     models = list(dict.fromkeys(row["model"] for row in done))
-    figure = Figure(figsize=(0.6 + 4.0 * len(models), 3.4), layout="constrained")
-    for ax, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        lengths = list(dict.fromkeys(row["prompt"] for row in done if row["model"] == model))
-        for place, engine in enumerate(METHODS):
-            speeds = [
-                {
-                    row["engine"]: row.get("tokens/s", 0.0)
-                    for row in done
-                    if (row["model"], row["prompt"]) == (model, length)
-                }
-                for length in lengths
-            ]
-            heights = [of[engine] / of["stock"] if of["stock"] else 0.0 for of in speeds]
+    looks = {engine: replace(LOOKS[engine], marker="s", line="") for engine in METHODS}
+    for engine, size in METHODS.items():
+        if size < 100:
+            looks[engine] = replace(looks[engine], label=f"{looks[engine].label}, {size:g} %")
+    figure, (axes,) = page(
+        "Tokens a second with beam search, and how many times transformers' own",
+        f"{done[0]['beams']} beams · batch {done[0]['batch']}, as many tokens generated as the"
+        f" prompt has · percent: cache, of the prompt · {record['flags']['dtype']},"
+        f" random weights, {record['device']}",
+        1,
+        len(models),
+        looks.values(),
+        height=3.2,
+    )
+    for ax, model in zip(axes, models, strict=True):
+        speeds = {
+            (row["engine"], row["prompt"]): row.get("tokens/s", 0.0)
+            for row in done
+            if row["model"] == model
+        }
+        lengths = list(dict.fromkeys(length for _, length in speeds))
+        for place, (engine, look) in enumerate(looks.items()):
             at = [number + 0.2 * (place - 1.5) for number in range(len(lengths))]
-            ax.bar(at, heights, 0.18, label=engine, color=COLORS.get(engine, "#9467bd"))
+            heights = [speeds[engine, length] for length in lengths]
+            ax.bar(at, heights, 0.18, color=look.color)
+            for x, height, length in zip(at, heights, lengths, strict=True):
+                stock = speeds["stock", length]
+                told = f"{height / stock:.1f}x" if stock and height else ""
+                ax.annotate(
+                    told, (x, height), (0, 2), textcoords="offset points", ha="center", size=9
+                )
         ax.set_xticks(range(len(lengths)), [f"{n} + {n}" for n in lengths])
-        ax.set_title(model)
-        ax.set_ylabel("times stock's tokens a second")
-        ax.legend(fontsize=8)
+        ax.grid(False, axis="x")
+        ax.set_xlabel("tokens of the prompt + generated")
+        ax.set_title(model_name(model), loc="left")
+    axes[0].set_ylabel("tokens a second")
     return figure
+
+
+PICTURES = {"": picture}
 
 
 if __name__ == "__main__":

@@ -10,13 +10,22 @@ import csv
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keyformer.config import InputError
-from keyformer_evaluation.records.results import check_record, write_json, write_picture
-from keyformer_evaluation.studies.pictures import COLORS, Figure, colors_of
+from keyformer_evaluation.records.results import check_record, write_json
+from keyformer_evaluation.studies.pictures import (
+    BLACK,
+    INTERVALS,
+    Figure,
+    looks_of,
+    model_name,
+    page,
+)
 from keyformer_evaluation.studies.sweep import Estimate
+from keyformer_evaluation.studies.written import Written, read_written
 from keyformer_evaluation.tasks import flags as flag
 
 LOSSES = {"reference": "summaries", "continued": "how it goes on"}
@@ -49,26 +58,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(
                 f"--datasets must be of {', '.join(of_dataset)}, which {folder} has, got {name}"
             )
-    found = read(folder / "retrieval.csv")
-    sizes = sorted({size for _, _, size in found if size}, key=float, reverse=True)
-    panels = {}
-    drawn = dict.fromkeys(flags.datasets or of_dataset)
-    for dataset in drawn:
-        table = read(of_dataset[dataset])
-        for task, name in LOSSES.items():
-            shown = {size: points(found, table, task, size) for size in sizes}
-            if any(shown.values()):
-                panels[f"{dataset}, {name}"] = shown
-    if not panels:
-        raise InputError(f"the tables of {folder} have no needles and losses of the same methods")
     record, *files = (folder / f"frontier.{kind}" for kind in ("json", "png", "svg"))
     check_record(record, *files, script="frontier.py")
-    figure = picture(panels, sizes)
-    tables = ["retrieval.csv", *(f"{dataset}/summaries.csv" for dataset in drawn)]
+    tables = [f"{dataset}/summaries.csv" for dataset in dict.fromkeys(flags.datasets or of_dataset)]
     command = shlex.join(["python", "paper/frontier.py", *argv])
-    write_json(record, {"command": command, "drawn_from": tables})
-    for file in files:
-        write_picture(file, figure)
+    written = Written(record, {"command": command, "drawn_from": ["retrieval.csv", *tables]})
+    figure = picture(written)
+    write_json(record, written.record)
+    written.write(figure)
     print(f"picture and record: {folder / 'frontier.{png,svg,json}'}")
 
 
@@ -113,30 +110,60 @@ def points(found: Table, lost: Table, task: str, size: str) -> dict[str, Point]:
     }
 
 
-def picture(panels: dict[str, dict[str, dict[str, Point]]], sizes: Sequence[str]) -> Figure:
-    """A row for each thing lost, a column for each size; best is at the lower right."""
-    colors = colors_of(
-        method for of in panels.values() for shown in of.values() for method in shown
+def picture(written: Written) -> Figure:
+    """A line for each thing lost, a column for each size; best is at the lower right."""
+    needles, *of_datasets = (written.path.parent / name for name in written.record["drawn_from"])
+    found = read(needles)
+    sizes = sorted({size for _, _, size in found if size}, key=float, reverse=True)
+    shown = {}
+    for path in of_datasets:
+        table = read(path)
+        for task, name in LOSSES.items():
+            of_size = {size: points(found, table, task, size) for size in sizes}
+            if any(of_size.values()):
+                shown[f"{path.parent.name}, {name}"] = of_size
+    if not shown:
+        raise InputError(
+            f"the tables of {needles.parent} have no needles and losses of the same methods"
+        )
+    looks = looks_of(method for of in shown.values() for points in of.values() for method in points)
+    beside = Written(needles.with_suffix(".json"), {})
+    record = read_written(beside.path).record if beside.path.exists() else {}
+    came = f"{record['dtype']}, {record['device']} · " if record else ""
+    figure, grid = page(
+        "What is found against what is lost, by the size of the cache",
+        f"{model_name(beside.table[0]['model'])} · across: needles found, of those hidden in long"
+        " texts · up: how much less likely a text is than with the full cache · best is at the"
+        f" lower right, where the full cache is · {came}{INTERVALS}",
+        len(shown),
+        len(sizes),
+        [replace(look, line="") for look in looks.values()],
+        height=2.3,
+        sharex=True,
+        sharey="row",
     )
-    size = (3.3 * len(sizes), 0.8 + 2.5 * len(panels))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(panels), len(sizes), squeeze=False, sharex=True, sharey="row")
-    drawn = {}
-    for line, (name, of_size) in zip(axes, panels.items(), strict=True):
-        line[0].set_ylabel(f"{name}:\nnats a token above full")
-        for ax, shown in zip(line, of_size.values(), strict=True):
-            for method, ((x, *of_x), (y, *of_y)) in shown.items():
-                color, marker = colors[method], "*" if method == "full" else "o"
-                ax.plot(of_x, [y, y], [x, x], of_y, color=color, linewidth=1, alpha=0.5)
-                (drawn[method],) = ax.plot(x, y, marker, color=color, markersize=6)
-            ax.axhline(0, color=COLORS["full"], linewidth=1, linestyle=":")
+    for line, (name, of_size) in zip(grid, shown.items(), strict=True):
+        line[0].set_ylabel(f"{name}\n(nats per token above full)", size=9)
+        for ax, of_method in zip(line, of_size.values(), strict=True):
+            for place, (method, look) in enumerate(looks.items()):
+                if method in of_method:
+                    (x, *of_x), (y, *of_y) = of_method[method]
+                    # Both of two that coincide are seen, and the full cache above all.
+                    above = 3 if method == "full" else 2
+                    large = 9 if method == "full" else 11 - 0.7 * place
+                    style: dict[str, Any] = {"color": look.color, "zorder": above, "clip_on": False}
+                    ax.plot(of_x, [y, y], [x, x], of_y, linewidth=1, **style)
+                    ax.plot(x, y, look.marker, markersize=large, **style)
+            ax.axhline(0, color=BLACK, linewidth=1, linestyle=":")
             ax.set_xlim(0, 100)
-    for ax, size_of in zip(axes[0], sizes, strict=True):
-        ax.set_title(f"{size_of} % of the cache")
-    for ax in axes[-1]:
-        ax.set_xlabel("needles found, %")
-    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=min(len(drawn), 7))
+    for ax, size in zip(grid[0], sizes, strict=True):
+        ax.set_title(f"cache {size} % of the prompt", loc="left")
+    for ax in grid[-1]:
+        ax.set_xlabel("needles found (%)")
     return figure
+
+
+PICTURES = {"": picture}
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import KEY_SETS, NOISE_SCHEDULES, KeyformerConfig
-from keyformer_evaluation.studies.pictures import method_bars
+from keyformer_evaluation.studies.pictures import Figure, method_bars
 from keyformer_evaluation.studies.study import Study, run_study
 from keyformer_evaluation.studies.sweep import Cell, Steps
 from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
+from keyformer_evaluation.studies.written import Written
 
 
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
-    study = Study("key_set", __doc__, argv)
+    study = Study("key_set", __doc__, argv, PICTURES)
     results = yield from study.measure(
         Cell(
             {"key_set": key_set, "noise_schedule": schedule},
@@ -35,7 +36,24 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         labelled(key_set="dynamic", noise_schedule="fresh"),
         labelled(key_set="dynamic", noise_schedule="once"),
     )
-    study.write(results, method_bars(results, "Key set and noise schedule, 60 % of the cache"))
+    study.write(results)
+
+
+NAMES = {
+    "dynamic": "chosen at every step",
+    "frozen": "chosen once",
+    "fresh": "fresh noise",
+    "once": "noise drawn once",
+}
+
+
+def picture(written: Written) -> Figure:
+    """A bar for each combination."""
+    title = "When Keyformer chooses its key tokens and draws its noise"
+    return method_bars(written, title, "cache 60 % of the prompt", names=NAMES)
+
+
+PICTURES = {"": picture}
 
 
 if __name__ == "__main__":

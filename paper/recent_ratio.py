@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import KeyformerConfig
-from keyformer_evaluation.studies.pictures import method_curves
+from keyformer_evaluation.studies.pictures import Figure, method_curves
 from keyformer_evaluation.studies.study import Study, run_study
 from keyformer_evaluation.studies.sweep import Cell, Steps
 from keyformer_evaluation.studies.tables import gain, print_tables
+from keyformer_evaluation.studies.written import Written
 
 METHODS = ("h2o", "keyformer")
 SHARES = (10, 20, 30, 40, 50, 60, 70, 80, 90)
@@ -16,7 +17,7 @@ SHARES = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
-    study = Study("recent_ratio", __doc__, argv)
+    study = Study("recent_ratio", __doc__, argv, PICTURES)
     full = Cell({"method": "full", "recent": ""}, KeyformerConfig.preset("full"))
     cells = (
         Cell(
@@ -34,8 +35,19 @@ def main(argv: Sequence[str] | None = None) -> Steps:
             of_method = [row for row in rows if row.labels["method"] == method]
             best = max(of_method, key=lambda row: gain(row, full_row))
             print(f"  {model}, {task}, {method}: {best.labels['recent']}")
-    title = "Recent window at 50 % of the cache"
-    study.write(results, method_curves(results, "recent", "recent window, % of the cache", title))
+    study.write(results)
+
+
+def picture(written: Written) -> Figure:
+    """Both methods over the share of the recent window."""
+    title, xlabel = (
+        "How much of the cache the recent window takes",
+        "recent window (% of the cache)",
+    )
+    return method_curves(written, "recent", xlabel, title, "cache 50 % of the prompt")
+
+
+PICTURES = {"": picture}
 
 
 if __name__ == "__main__":

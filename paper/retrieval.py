@@ -9,11 +9,22 @@ after it was evicted with questions of the kind that --ahead has, read with it a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from keyformer_evaluation.studies.measures import Answered
-from keyformer_evaluation.studies.pictures import draw_grid, panels
+from keyformer_evaluation.studies.pictures import (
+    LOOKS,
+    WIDTH,
+    Figure,
+    draw_grid,
+    looks_of,
+    model_name,
+    page,
+    setting,
+)
 from keyformer_evaluation.studies.sizes import RIVALS, cells, compared_flags, size_curves
 from keyformer_evaluation.studies.study import (
     ARTICLES,
@@ -25,6 +36,7 @@ from keyformer_evaluation.studies.study import (
 )
 from keyformer_evaluation.studies.sweep import Row, Steps, estimate, plain
 from keyformer_evaluation.studies.tables import print_tables, with_differences
+from keyformer_evaluation.studies.written import Written
 from keyformer_evaluation.tasks import flags as flag
 from keyformer_evaluation.tasks.retrieval import chats, load_articles, needles, questions
 
@@ -75,7 +87,9 @@ def more_flags(parser: flag.Parser) -> None:
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Ask, print, write."""
     models = [REAL] if REAL.is_dir() else BUNDLED_MODELS[:1]
-    study = Study("retrieval", __doc__, argv, generates=False, models=models, more_flags=more_flags)
+    study = Study(
+        "retrieval", __doc__, argv, PICTURES, generates=False, models=models, more_flags=more_flags
+    )
     flags = study.flags
     articles = study.sample("summarization", load_articles(flags.articles))
     places = [(length, depth) for length in flags.lengths for depth in flags.depths]
@@ -95,18 +109,13 @@ def main(argv: Sequence[str] | None = None) -> Steps:
     results = yield from study.measure(cells(flags), measures)
     results = with_differences(results, RIVALS)
     print_tables(results)
-    title = "Answers to questions after eviction"
-    study.write(results, size_curves(results, title))
+    study.write(results)
     mapped = {
         panel: rows
         for model in study.models
         for panel, rows in by_place(model, results[model, "needle"], places).items()
     }
-    figure, axes = panels(mapped, "Needles found, %", ylabel="depth, %", columns=3)
-    for ax, rows in zip(axes, mapped.values(), strict=True):
-        draw_grid(ax, rows, "words", "depth", span=(0, 100))
-        ax.set_xlabel("words")
-    study.write(mapped, figure, "_needles")
+    study.write(mapped, "_needles")
 
 
 def by_place(model: str, rows: Sequence[Row], places: Sequence[Place]) -> Results:
@@ -120,14 +129,64 @@ def by_place(model: str, rows: Sequence[Row], places: Sequence[Place]) -> Result
         found[model, " ".join(filter(None, (row.labels["method"], size and f"{size} %")))] = [
             Row(
                 {"words": words, "depth": plain(depth)},
+                {"answered": estimate(of)},
                 row.config,
                 row.seeds,
                 {},
-                {"answered": estimate(of)},
             )
             for (words, depth), of in zip(places, of_place, strict=True)
         ]
     return found
+
+
+def picture(written: Written) -> Figure:
+    """Answers by the size of the cache."""
+    return size_curves(written, "Answers found in what is left, by the size of the cache")
+
+
+def needles_picture(written: Written) -> Figure:
+    """A line for each model and size, a column for the full cache and for each method."""
+    results = written.results
+    named = {task: re.fullmatch(r"(.+) (\d+) %", task) for _, task in results}
+    methods = looks_of(found[1] for found in named.values() if found)
+    sizes = {found[2] for found in named.values() if found} or {""}
+    models = dict.fromkeys(model for model, _ in results)
+    lines = list(product(models, sorted(sizes, key=lambda size: int(size or 0), reverse=True)))
+    needles = written.record["items"]["needle"] // len(next(iter(results.values())))
+    figure, grid = page(
+        "Needles found (%), by length of the text and depth",
+        setting(
+            written,
+            "asked with the text",
+            f"{needles} needles a cell",
+            "percent: cache, of the prompt",
+            last="",
+        ),
+        len(lines),
+        len(methods) + 1,
+        width=max(WIDTH, 1.8 * (len(methods) + 1)),
+        sharex=True,
+        sharey=True,
+    )
+    for line, (model, size) in zip(grid, lines, strict=True):
+        shown = {
+            f"{method} {size} %": f"{look.label}, {size} %" for method, look in methods.items()
+        }
+        if size == lines[0][1]:  # the full cache stands beside the largest size alone
+            shown["full"] = LOOKS["full"].label
+        for ax, task in zip(line, shown, strict=False):
+            draw_grid(ax, results[model, task], "words", "depth", span=(0, 100), digits=0)
+            ax.set_title(shown[task], loc="left", size=9.5)
+            ax.tick_params(labelbottom=True, length=0, labelsize=9)
+            ax.set_xlabel("words")
+        for spare in line[len(shown) :]:
+            spare.set_visible(False)
+        about = [model_name(model)] * (len(models) > 1)
+        line[0].set_ylabel("\n".join([*about, "depth (% of the text)"]))
+    return figure
+
+
+PICTURES = {"": picture, "_needles": needles_picture}
 
 
 if __name__ == "__main__":

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from keyformer.config import KeyformerConfig
-from keyformer_evaluation.studies.pictures import COLORS, Figure, legend_of, panels
-from keyformer_evaluation.studies.study import Published, Results, Study, run_study
+from keyformer_evaluation.studies.pictures import (
+    LOOKS,
+    Figure,
+    draw_bars,
+    model_name,
+    page,
+    setting,
+)
+from keyformer_evaluation.studies.study import Published, Study, run_study
 from keyformer_evaluation.studies.sweep import Cell, Steps
 from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
+from keyformer_evaluation.studies.written import Written
 from keyformer_evaluation.tasks.data import warn_of_fewer
 from keyformer_evaluation.tasks.flags import stop_without
 
@@ -46,6 +56,7 @@ PAPER: Published = {
     for model, of_model in ACCURACY.items()
     for task, of_task in of_model.items()
 }
+OWN = ("questions made for the bundled models, in the form of the tasks named",)
 
 
 def main(argv: Sequence[str] | None = None) -> Steps:
@@ -55,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         "table2",
         __doc__,
         argv,
+        PICTURES,
         generates=False,
         more_flags=lambda parser: parser.add_argument(
             "--tasks",
@@ -94,24 +106,42 @@ def main(argv: Sequence[str] | None = None) -> Steps:
             labelled(shots=shots, method="h2o"),
             "accuracy",
         )
-    study.write(results, bars(results))
+    study.write(results)
 
 
-def bars(results: Results) -> Figure:
-    """Accuracy with its interval, a group of bars for each number of shots."""
-    figure, axes = panels(results, "Few-shot accuracy, 50 % of the cache", "accuracy, %")
-    for ax, rows in zip(axes, results.values(), strict=True):
-        for j, method in enumerate(METHODS):
-            found = [row.values["accuracy"] for row in rows if row.labels["method"] == method]
-            mean, low, high = zip(*found, strict=True)
-            at = [i + 0.27 * (j - 1) for i in range(len(SHOTS))]
-            ax.bar(at, mean, width=0.25, color=COLORS[method], alpha=0.85, label=method)
-            ax.vlines(at, low, high, color="black", linewidth=1.2)
-        ax.set_xticks(range(len(SHOTS)), [f"{shots} shots" for shots in SHOTS])
+def picture(written: Written) -> Figure:
+    """A line for each number of shots, a column for each model, a group of bars for each task."""
+    models, tasks = (list(dict.fromkeys(names)) for names in zip(*written.results, strict=True))
+    figure, grid = page(
+        "Few-shot accuracy with half of the cache",
+        setting(written, *OWN[: any(task.startswith("tiny_") for task in tasks)]),
+        len(SHOTS),
+        len(models),
+        [replace(LOOKS[method], marker="s", line="") for method in METHODS],
+        sharex=True,
+        sharey=True,
+    )
+    for ax, (shots, model) in zip(grid.flat, product(SHOTS, models), strict=True):
+        for place, method in enumerate(METHODS):
+            found = [
+                row.values["accuracy"]
+                for task in tasks
+                for row in written.results[model, task]
+                if (row.labels["shots"], row.labels["method"]) == (shots, method)
+            ]
+            at = [number + 0.27 * (place - 1) for number in range(len(tasks))]
+            draw_bars(ax, at, found, LOOKS[method], 0.25)
+        ax.set_xticks(range(len(tasks)), [task.removeprefix("tiny_") for task in tasks])
+        ax.tick_params(axis="x", labelsize=9, length=0, rotation=18)
         ax.grid(False, axis="x")
-        ax.set_ylim(0, 100)
-    legend_of(figure, axes[0])
+        ax.set_ylim(0, 105)
+        ax.set_title(f"{model_name(model)}, {shots} shots", loc="left")
+    for ax in grid[:, 0]:
+        ax.set_ylabel("accuracy (%)")
     return figure
+
+
+PICTURES = {"": picture}
 
 
 if __name__ == "__main__":

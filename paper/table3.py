@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import KeyformerConfig
-from keyformer_evaluation.studies.pictures import method_bars
+from keyformer_evaluation.studies.pictures import Figure, method_bars
 from keyformer_evaluation.studies.study import Published, Study, run_study
 from keyformer_evaluation.studies.sweep import Cell, Steps
 from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
+from keyformer_evaluation.studies.written import Written
 
 PAPER: Published = {
     ("MPT-7B", "summarization"): {
@@ -31,7 +32,7 @@ SCORED = (
 
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
-    study = Study("table3", __doc__, argv)
+    study = Study("table3", __doc__, argv, PICTURES)
     cells = [
         Cell(
             {"method": method, "positions": "", "score": ""},
@@ -56,9 +57,25 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         ("Is Keyformer better than a window?", labelled(method="window")),
     ):
         print_differences(results, question, paper, other)
-    study.write(
-        results, method_bars(results, "Methods, positions and shared scores, 60 % of the cache")
-    )
+    study.write(results)
+
+
+NAMES = {
+    "original": "",
+    "new": "positions in the cache",
+    "per_layer": "",
+    "shared": "one score for all layers",
+}
+"""Of what is not Algorithm 1."""
+
+
+def picture(written: Written) -> Figure:
+    """A bar for each method and variant."""
+    title = "Methods, and variants of Keyformer"
+    return method_bars(written, title, "cache 60 % of the prompt", names=NAMES)
+
+
+PICTURES = {"": picture}
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import NOISES, KeyformerConfig
-from keyformer_evaluation.studies.pictures import method_bars
+from keyformer_evaluation.studies.pictures import Figure, method_bars
 from keyformer_evaluation.studies.study import Published, Study, run_study
 from keyformer_evaluation.studies.sweep import Cell, Steps
 from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
+from keyformer_evaluation.studies.written import Written
 
 ROUGE_2 = {
     "GPT-J-6B": (19.44, 14.53, 12.49, 18.87),
@@ -25,7 +26,7 @@ PAPER: Published = {
 
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
-    study = Study("table4", __doc__, argv)
+    study = Study("table4", __doc__, argv, PICTURES)
     results = yield from study.measure(
         Cell({"noise": noise}, KeyformerConfig(kv_cache=60, recent=30, noise=noise))
         for noise in NOISES
@@ -42,7 +43,16 @@ def main(argv: Sequence[str] | None = None) -> Steps:
             labelled(noise=first),
             labelled(noise=second),
         )
-    study.write(results, method_bars(results, "Logit adjustment, 60 % of the cache"))
+    study.write(results)
+
+
+def picture(written: Written) -> Figure:
+    """A bar for each noise."""
+    title = "What Keyformer adds to the logits before it scores"
+    return method_bars(written, title, "cache 60 % of the prompt")
+
+
+PICTURES = {"": picture}
 
 
 if __name__ == "__main__":

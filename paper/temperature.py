@@ -5,17 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keyformer.config import KeyformerConfig
-from keyformer_evaluation.studies.pictures import draw_grid, panels
+from keyformer_evaluation.studies.pictures import (
+    Figure,
+    axis_name,
+    draw_grid,
+    left_of,
+    panels,
+    setting,
+)
 from keyformer_evaluation.studies.study import Study, run_study
 from keyformer_evaluation.studies.sweep import Cell, Steps
-from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
+from keyformer_evaluation.studies.tables import (
+    compared_metric,
+    labelled,
+    print_differences,
+    print_tables,
+)
+from keyformer_evaluation.studies.written import Written
 
 ENDS = (0.5, 1.0, 2.0, 4.0)
 
 
 def main(argv: Sequence[str] | None = None) -> Steps:
     """Measure, print, write."""
-    study = Study("temperature", __doc__, argv)
+    study = Study("temperature", __doc__, argv, PICTURES)
     results = yield from study.measure(
         Cell(
             {"tau_init": first, "tau_end": last},
@@ -31,13 +44,24 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         labelled(tau_init=1.0, tau_end=2.0),
         labelled(tau_init=1.0, tau_end=1.0),
     )
-    figure, axes = panels(
-        results, "By temperature, 60 % of the cache", ylabel="tau_init, at the prompt"
-    )
-    for ax, rows in zip(axes, results.values(), strict=True):
-        draw_grid(ax, rows, "tau_end", "tau_init")
+    study.write(results)
+
+
+def picture(written: Written) -> Figure:
+    """A grid of both ends, each model's colours over its own values."""
+    rows = next(iter(written.results.values()))
+    metric = axis_name(compared_metric(rows[0]) or "").replace("\n", " ")
+    about = setting(written, "cache 60 % of the prompt", last="colours: each panel's own range")
+    figure, axes = panels(written, f"Keyformer's temperature: {metric}", about)
+    for panel, ax in axes.items():
+        draw_grid(ax, written.results[panel], "tau_end", "tau_init")
         ax.set_xlabel("tau_end, at the last token")
-    study.write(results, figure)
+    for ax in left_of(axes):
+        ax.set_ylabel("tau_init, at the prompt")
+    return figure
+
+
+PICTURES = {"": picture}
 
 
 if __name__ == "__main__":

@@ -579,7 +579,7 @@ def test_b17_no_run_replaces_a_committed_record_unasked() -> None:
         speed = Speed(name, None, ["--device", "cpu"], ROOT / folder)
         assert speed.flags.output == ROOT / folder / "results" / "local" / f"{name}.json"
     for more, place in ([], "local"), (["--quick"], "quick"):
-        study = Study("table4", None, [*more, "--device", "cpu"])
+        study = Study("table4", None, [*more, "--device", "cpu"], {})
         assert study.flags.out == ROOT / "paper" / "results" / place
     for path in ("benchmarks/results/local/x", "paper/results/local/x", "paper/results/quick/x"):
         ignored = subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT)

@@ -101,7 +101,7 @@ def test_tables_are_those_of_the_records(document) -> None:
 
 
 def test_one_score_beats_others_as_often_as_the_results_say() -> None:
-    """Counted from beyond.csv: the best setting beside each baseline of its model, task and size."""
+    """Counted from beyond.csv: beside each baseline of its model, task and size."""
     table = rows_of("paper/results/beyond.csv")
     best = {"noise": "none", "tau_init": "0.5", "normalize": "mean", "recent": "30"}
     outcomes = []

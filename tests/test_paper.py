@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Forked, script
+from matplotlib.axes import Axes
 from originals import ORIGINALS, write_original
 
 from keyformer import InputError, KeyformerCache, KeyformerConfig, load_model
@@ -30,10 +32,12 @@ from keyformer_evaluation.studies.measures import (
     Rouge,
     Softmax,
 )
+from keyformer_evaluation.studies.pictures import LOOKS, looks_of
 from keyformer_evaluation.studies.published import papers_model
 from keyformer_evaluation.studies.study import BUNDLED, BUNDLED_MODELS, PAPER, Study
 from keyformer_evaluation.studies.sweep import Cell, Request, Row, Run, Steps, carry_out, summarize
 from keyformer_evaluation.studies.tables import alike, difference
+from keyformer_evaluation.studies.written import read_written
 from keyformer_evaluation.tasks.data import TASKS, encode
 from keyformer_evaluation.tasks.generation import Generated
 
@@ -95,7 +99,7 @@ def test_all_together_are_quick_and_complete(tmp_path) -> None:
     # A tokenizer that knows the documents' words: each cell reads fewer tokens.
     shape |= {"vocab_size": 1500, "texts": "".join(path.read_text() for path in BUNDLED.values())}
     model = write_original(tmp_path / "mpt-7b-keyformer", "mpt", "bin", **shape)
-    assert Study("table4", None, flags).flags.model_path == [str(BUNDLED_MODELS[0])]
+    assert Study("table4", None, flags, {}).flags.model_path == [str(BUNDLED_MODELS[0])]
     out = tmp_path / "out"
     command = [str(ROOT / "paper" / "all.sh"), *flags, "--model_path", str(model)]
     command += ["--out", str(out)]
@@ -298,7 +302,7 @@ def test_interval_is_that_of_the_mean() -> None:
 def test_rows_share_a_letter_where_intervals_overlap() -> None:
     spans = [(0, 2), (1, 4), (3, 5), (6, 7), (1.5, 3.5), (5, 5.5)]
     rows = [
-        Row({}, KeyformerConfig(), 1, {}, {"x": ((low + high) / 2, low, high)})
+        Row({}, {"x": ((low + high) / 2, low, high)}, KeyformerConfig(), 1, {})
         for low, high in spans
     ]
     letters = alike(rows, "x")
@@ -388,7 +392,7 @@ def test_the_frontier_is_drawn_from_the_tables(tmp_path, capsys) -> None:
     }
     frontier.main([str(tmp_path)])
     picture = (tmp_path / "frontier.svg").read_text()
-    assert all(text in picture for text in ("50 % of the cache", "news, summaries", "h2o"))
+    assert all(text in picture for text in ("cache 50 % of the prompt", "news, summaries", "H2O"))
     assert "recall" not in picture
     assert "frontier.{png,svg,json}" in capsys.readouterr().out
     summaries = tmp_path / "news" / "summaries.csv"
@@ -404,6 +408,101 @@ def test_the_frontier_is_drawn_from_the_tables(tmp_path, capsys) -> None:
         with pytest.raises(InputError, match=says):
             frontier.main([str(tmp_path)])
     assert (tmp_path / "frontier.svg").read_text() == picture
+
+
+COMMITTED = sorted(
+    record
+    for record in (ROOT / "paper" / "results").rglob("*.json")
+    if record.with_suffix(".png").exists() and "local" not in record.parts
+)
+
+
+@pytest.fixture(scope="module")
+def redraw():
+    return script("paper", "redraw")
+
+
+@pytest.mark.parametrize("record", COMMITTED, ids=lambda path: path.stem)
+def test_committed_records_are_drawn_again(redraw, record) -> None:
+    """Each has its title, its setting, and something in every panel that is seen."""
+    figure = redraw.figure_of(read_written(record))
+    title, about, *_ = (text.get_text() for text in figure.texts)
+    assert title and re.search("NVIDIA|H200", about)
+    for ax in filter(Axes.get_visible, figure.axes):
+        assert ax.lines or ax.patches or ax.images or ax.collections
+        assert ax.get_xlabel() or ax.get_subplotspec().rowspan.stop < ax.get_gridspec().nrows
+    assert len(COMMITTED) >= 32
+
+
+def test_a_picture_drawn_again_is_the_one_of_the_run(redraw, flags, tmp_path) -> None:
+    """To the byte; the record and the table stay."""
+    run("table4", flags)
+    out = tmp_path / "out"
+    before = {path: path.read_bytes() for path in out.glob("table4.*")}
+    assert {path.suffix for path in before} == {".json", ".csv", ".png", ".svg"}
+    for kind in (".png", ".svg"):
+        (out / "table4").with_suffix(kind).write_bytes(b"")
+    redraw.main([str(out)])
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_of_a_folder_what_has_a_picture_is_drawn_again(redraw, tmp_path) -> None:
+    """A record that is named by itself in any case."""
+    (tmp_path / "more").mkdir()
+    for name in ("a.json", "a.png", "b.json", "more/c.json", "more/c.png"):
+        (tmp_path / name).write_text("")
+    assert [*redraw.records(tmp_path)] == [tmp_path / "a.json", tmp_path / "more" / "c.json"]
+    assert [*redraw.records(tmp_path / "b.json")] == [tmp_path / "b.json"]
+
+
+def test_what_cannot_be_drawn_again_is_named(redraw, tmp_path) -> None:
+    """Before anything is written."""
+    results = ROOT / "paper" / "results"
+    record = json.loads((results / "table4.json").read_text())
+    path = tmp_path / "table4.json"
+    with pytest.raises(InputError, match="cannot read a record from"):
+        redraw.main([str(path)])
+    for bad, says in (
+        ("[]", "holds no object"),
+        ("{}", "cannot draw .*KeyError"),
+        (json.dumps({**record, "command": "python other.py"}), "other.py is no script"),
+        (json.dumps({**record, "rows": [{"noise": "none"}]}), "cannot draw"),
+        (json.dumps({**record, "command": "python paper/together.py"}), "together.py is no script"),
+    ):
+        path.write_text(bad)
+        with pytest.raises(InputError, match=says):
+            redraw.main([str(results / "fig3c.json"), str(path)])
+    with pytest.raises(InputError, match="has no record with a picture"):
+        redraw.main([str(tmp_path)])
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_method_looks_alike_in_every_figure() -> None:
+    """And unlike any other; full attention is black."""
+    looks = [(look.color, look.marker) for look in LOOKS.values()]
+    assert len({color for color, _ in looks}) == len(looks)
+    assert LOOKS["full"].color == "#000000"
+    found = looks_of(["mine", "h2o", "other", "mine"])
+    assert found["h2o"] == LOOKS["h2o"] and list(found) == ["mine", "h2o", "other"]
+    assert len({look.color for look in [*found.values(), *LOOKS.values()]}) == len(LOOKS) + 2
+
+
+def test_the_headline_is_drawn_from_records(tmp_path, capsys) -> None:
+    """Its numbers are theirs; a record of something else is refused, and nothing written."""
+    headline = script("paper", "headline")
+    with pytest.raises(InputError, match="lack what is drawn"):
+        headline.main(["--out", str(tmp_path), "--decode", str(headline.RECORDS["retrieval"])])
+    assert not list(tmp_path.iterdir())
+    headline.main(["--out", str(tmp_path)])
+    picture = (tmp_path / "headline.svg").read_text()
+    decode = json.loads(headline.RECORDS["decode"].read_text())["rows"]
+    for engine in headline.ENGINES:
+        ms = next(row["ms"] for row in decode if row["engine"] == engine)
+        assert f">{ms:.1f}</text>" in picture
+    record = json.loads((tmp_path / "headline.json").read_text())
+    assert [(tmp_path / path).resolve() for path in record["drawn_from"]] == [
+        *headline.RECORDS.values()
+    ]
 
 
 def test_sparsity_and_mass_of_attention(model_path) -> None:

@@ -218,6 +218,11 @@ def write_picture(path: Path, figure: Any) -> None:
     picture = io.BytesIO()
     kind = path.suffix
     figure.savefig(picture, format=kind[1:], dpi=160, metadata=_UNDATED[kind])
+    if kind == ".png":  # 256 colours are enough, and half the bytes
+        from PIL import Image  # comes with matplotlib
+
+        drawn, picture = Image.open(picture).convert("RGB"), io.BytesIO()
+        drawn.quantize(256, dither=Image.Dither.NONE).save(picture, format="png", optimize=True)
     write_whole(path, lambda file: file.write(picture.getvalue()))
 
 

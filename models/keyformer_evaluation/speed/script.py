@@ -5,28 +5,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from keyformer.config import InputError, KeyformerConfig
 from keyformer.integration import DTYPES, check_device
-from keyformer_evaluation.records.results import check_record, run_record, write_json, write_picture
+from keyformer_evaluation.records.results import check_record, run_record, write_json
 from keyformer_evaluation.speed.bench import Bench
 from keyformer_evaluation.speed.engines import ENGINES, Method
 from keyformer_evaluation.speed.shapes import SHAPES, TINY, model_config
 from keyformer_evaluation.speed.timing import Record, free
 from keyformer_evaluation.studies.tables import print_columns
+from keyformer_evaluation.studies.written import PICTURES, Pictures, Written
 from keyformer_evaluation.tasks.flags import PERCENT, PERCENT_ABOVE_0, Parser, whole
-
-if TYPE_CHECKING:  # what draws nothing goes without matplotlib
-    from matplotlib.figure import Figure
 
 MOST_OF_TINY = 64
 """The largest default size where all models are tiny ones, which only show that a script works."""
 REPEATS_OF_TINY = 3
-
-PICTURES = (".png", ".svg")
 
 
 class Speed:
@@ -39,8 +35,8 @@ class Speed:
         --output says otherwise.
     defaults
         Flags of the script's own and their defaults: a whole number, or a tuple of them.
-    draws
-        Whether the record gets a picture beside it.
+    pictures
+        What draws the record, by "".
 
     Attributes
     ----------
@@ -57,7 +53,7 @@ class Speed:
         argv: Sequence[str] | None,
         folder: Path,
         *,
-        draws: bool = False,
+        pictures: Pictures | None = None,
         **defaults: int | tuple[int, ...],
     ) -> None:
         parser = Parser(description=description, formatter_class=argparse.RawTextHelpFormatter)
@@ -96,8 +92,9 @@ class Speed:
         self.device = check_device(self.flags.device)
         self.dtype = DTYPES[self.flags.dtype]
         output = Path(self.flags.output)
-        pictures = [output.with_suffix(kind) for kind in PICTURES] if draws else []
-        check_record(output, *pictures)
+        self.pictures = pictures or {}
+        kinds = PICTURES if pictures else ()
+        check_record(output, *map(output.with_suffix, kinds))
 
     def check_positions(self, tokens: int) -> None:
         """Refuse texts that a model has no positions for, before anything is measured.
@@ -133,14 +130,9 @@ class Speed:
             del bench
             free(self.device)
 
-    def draw(self, figure: Figure) -> None:
-        """The picture beside the record, as PNG and SVG."""
-        for kind in PICTURES:
-            write_picture(Path(self.flags.output).with_suffix(kind), figure)
-
     @torch.no_grad()
-    def write(self, rows: Iterable[Record]) -> list[Record]:
-        """Measure: say each row as it comes, then print all and write how they came about.
+    def write(self, rows: Iterable[Record]) -> None:
+        """Measure: say each row as it comes, then print all, write how they came about, draw.
 
         Rows that came before an error are written, too.
         """
@@ -151,16 +143,19 @@ class Speed:
                 shown = (f"{name} {_shown(value)}" for name, value in row.items())
                 print(", ".join(shown), flush=True)
         finally:
-            if done:
-                self._finish(done)
-        return done
+            written = self._finish(done)
+        for picture in self.pictures.values():
+            written.write(picture(written))
 
-    def _finish(self, done: Sequence[Record]) -> None:
-        heads = list(dict.fromkeys(name for row in done for name in row))
-        print()
-        print_columns([heads, *([_shown(row.get(name)) for name in heads] for row in done)])
+    def _finish(self, done: list[Record]) -> Written:
         flags = {name: str(value) for name, value in vars(self.flags).items()}
-        write_json(self.flags.output, {**run_record(self.device), "flags": flags, "rows": done})
+        record = {**run_record(self.device), "flags": flags, "rows": done}
+        if done:
+            heads = list(dict.fromkeys(name for row in done for name in row))
+            print()
+            print_columns([heads, *([_shown(row.get(name)) for name in heads] for row in done)])
+            write_json(self.flags.output, record)
+        return Written(Path(self.flags.output), record)
 
 
 def _at_most(most: int, default: int | tuple[int, ...]) -> int | list[int]:

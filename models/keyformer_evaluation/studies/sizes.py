@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from keyformer.budgets import POLICIES
 from keyformer.config import METHODS, PLAIN, KeyformerConfig
 from keyformer.rules import formula, shares
 from keyformer_evaluation.studies.pictures import Figure, method_curves
-from keyformer_evaluation.studies.study import Results, Study
+from keyformer_evaluation.studies.study import Study
 from keyformer_evaluation.studies.sweep import Cell, Steps, plain
 from keyformer_evaluation.studies.tables import labelled, print_differences, print_tables
+from keyformer_evaluation.studies.written import Written
 from keyformer_evaluation.tasks import flags as flag
 
 PAPER = ("window", "h2o", "keyformer")
@@ -70,9 +71,7 @@ def compared_flags(parser: flag.Parser) -> None:
     )
 
 
-def sweep_sizes(
-    study: Study, sizes: Sequence[float], title: str, compared_at: Sequence[float]
-) -> Steps:
+def sweep_sizes(study: Study, sizes: Sequence[float], compared_at: Sequence[float]) -> Steps:
     """Figures 7 and 8: measure full attention and ``PAPER`` at each size, print, write.
 
     Parameters
@@ -90,9 +89,12 @@ def sweep_sizes(
                 labelled(method="keyformer", kv_cache=size),
                 labelled(method=other, kv_cache=size),
             )
-    study.write(results, size_curves(results, title))
+    study.write(results)
 
 
-def size_curves(results: Results, title: str) -> Figure:
+def size_curves(
+    written: Written, title: str, *about: str, names: Mapping[str, str] | None = None
+) -> Figure:
     """A panel each: every method over the size of the cache."""
-    return method_curves(results, "kv_cache", "cache, % of the prompt", title)
+    xlabel = "cache size (% of the prompt)"
+    return method_curves(written, "kv_cache", xlabel, title, *about, names=names)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keyformer.config import InputError, KeyformerConfig
 from keyformer_evaluation.records.processes import is_main
@@ -20,7 +20,6 @@ from keyformer_evaluation.records.results import (
     check_writable,
     record,
     write_json,
-    write_picture,
     write_text,
 )
 from keyformer_evaluation.studies.measures import SUMMARIES, OnItems
@@ -38,11 +37,9 @@ from keyformer_evaluation.studies.sweep import (
     sources,
     summarize,
 )
+from keyformer_evaluation.studies.written import Panel, Pictures, Written
 from keyformer_evaluation.tasks import flags as flag
 from keyformer_evaluation.tasks.data import TASKS, Item, load_items, sample
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[3]
 BUNDLED = {
@@ -71,8 +68,6 @@ PAPER: dict[str, Any] = {
 }
 """The same in the runs that the authors released: --settings paper."""
 
-Panel = tuple[str, str]
-"""A model's name and a task: what gets a table and a panel of its own."""
 Results = dict[Panel, list[Row]]
 
 Numbers = dict[tuple[Any, ...], tuple[float, ...]]
@@ -93,6 +88,8 @@ class Study:
         What ``--help`` says.
     argv
         The command line; None takes the process's own.
+    pictures
+        By part of what it writes, each with files of its own, what draws its record.
     items
         Gives a task's documents where there is no --dataset_path; None has the bundled ones.
     generates
@@ -115,6 +112,7 @@ class Study:
         name: str,
         description: str | None,
         argv: Sequence[str] | None,
+        pictures: Pictures,
         *,
         items: Callable[[str], list[Item]] | None = None,
         generates: bool = True,
@@ -124,6 +122,7 @@ class Study:
         more_flags: Callable[[flag.Parser], object] = lambda parser: None,
     ) -> None:
         self.name = name
+        self.pictures = pictures
         self.argv = sys.argv[1:] if argv is None else argv
         parser = flag.Parser(prog=f"{name}.py", description=description)
         parser.add_argument("--model_path", nargs="+", help="default: the bundled models")
@@ -157,9 +156,7 @@ class Study:
         self.flags = flags
         self.found: list[Found] = []
         check_writable(flags.out, folder=True)
-        # A study may have parts, each with files of its own.
-        parts = {path.stem.removeprefix(name) for path in flags.out.glob(f"{name}[a-z_]*.*")}
-        for part in ("", *sorted(parts)):
+        for part in pictures:
             written, *files = (self._file(kind, part) for kind in ("json", "csv", "png", "svg"))
             check_record(written, *files, script=f"{name}.py", store=flags.store)
         self.items = self._load(items) if generates else {}
@@ -308,8 +305,8 @@ class Study:
         self.found.append(found)
         return found
 
-    def write(self, results: Results, figure: Figure, part: str = "") -> None:
-        """The rows as CSV and, with how they came about, as JSON; the picture as PNG and SVG.
+    def write(self, results: Results, part: str = "") -> None:
+        """The rows as CSV and, with how they came about, as JSON; the picture of these.
 
         Parameters
         ----------
@@ -324,10 +321,9 @@ class Study:
                 table.append({**line, **_flat(row)})
                 records.append({**table[-1], "config": _changed(row.config)})
         self.write_table(table, records, part)
-        self.draw(figure, part)
 
     def write_table(self, table: list[Labels], records: list[Labels], part: str = "") -> None:
-        """``table`` as CSV; ``records``, its lines with their settings, in the JSON record."""
+        """``table`` as CSV, ``records``, its lines with settings, in the record; what draws it."""
         if not is_main():
             return
         text = io.StringIO()
@@ -346,14 +342,9 @@ class Study:
             settings["max_new_tokens"] = {task: self.max_new_tokens(task) for task in self.items}
         came = record(sources(self.found))
         came["command"] = shlex.join(["python", f"paper/{self.name}.py", *self.argv])
-        write_json(self._file("json", part), {**came, **settings, "rows": records})
-
-    def draw(self, figure: Figure, part: str = "") -> None:
-        """The picture as PNG and SVG."""
-        if not is_main():
-            return
-        for kind in ("png", "svg"):
-            write_picture(self._file(kind, part), figure)
+        written = Written(self._file("json", part), {**came, **settings, "rows": records})
+        write_json(written.path, written.record)
+        written.write(self.pictures[part](written))
         print(f"table, record and picture: {self._file('{csv,json,png,svg}', part)}")
 
     def _file(self, kind: str, part: str = "") -> Path:

@@ -107,26 +107,38 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A cell's result over all seeds.
+class Shown:
+    """What a record and a picture show of a cell.
 
     Attributes
     ----------
-    labels, config
+    labels
         Those of the cell.
-    seeds
-        How many seeds it was measured with.
-    per_item
-        Each metric's value on each item, the mean over seeds.
     values
         For each metric its mean over the items with an interval, see :func:`estimate`.
     """
 
     labels: Labels
+    values: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Row(Shown):
+    """A cell's result over all seeds.
+
+    Attributes
+    ----------
+    config
+        That of the cell.
+    seeds
+        How many seeds it was measured with.
+    per_item
+        Each metric's value on each item, the mean over seeds.
+    """
+
     config: KeyformerConfig
     seeds: int
     per_item: dict[str, np.ndarray]
-    values: dict[str, Estimate]
 
 
 def estimate(per_item: np.ndarray) -> Estimate:
@@ -148,7 +160,7 @@ def summarize(cell: Cell, by_seed: Sequence[PerItem]) -> Row:
         metric: np.mean([measured[metric] for measured in by_seed], axis=0) for metric in by_seed[0]
     }
     values = {metric: estimate(values) for metric, values in per_item.items()}
-    return Row(cell.labels, cell.config, len(by_seed), per_item, values)
+    return Row(cell.labels, values, cell.config, len(by_seed), per_item)
 
 
 class Found:

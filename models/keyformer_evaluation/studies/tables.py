@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from keyformer_evaluation.studies.study import Numbers, Panel, Results
-from keyformer_evaluation.studies.sweep import Estimate, Row, estimate
+from keyformer_evaluation.studies.sweep import Estimate, Row, Shown, estimate
 
 NAMES = {
     "rouge1": "ROUGE-1",
@@ -39,7 +39,7 @@ PUBLISHED = ("rouge2", "accuracy")
 """Those that the paper compares by."""
 
 
-def compared_metric(row: Row) -> str | None:
+def compared_metric(row: Shown) -> str | None:
     """By which metric a row is compared with others; None if by none."""
     return next((metric for metric in COMPARED if metric in row.values), None)
 
