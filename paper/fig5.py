@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         [Cell({"damping": "full"}, KeyformerConfig.preset("full")), *damped]
     )
     print_tables(results)
-    print_differences(
+    study.differences += print_differences(
         results,
         "Does damping help? 0.875 - none",
         labelled(damping=0.875),

@@ -24,13 +24,13 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         for schedule in NOISE_SCHEDULES
     )
     print_tables(results)
-    print_differences(
+    study.differences += print_differences(
         results,
         "Does it help that key tokens compete at every step? dynamic - frozen, fresh noise",
         labelled(key_set="dynamic", noise_schedule="fresh"),
         labelled(key_set="frozen", noise_schedule="fresh"),
     )
-    print_differences(
+    study.differences += print_differences(
         results,
         "Does it help to draw noise at every step? fresh - once, dynamic key set",
         labelled(key_set="dynamic", noise_schedule="fresh"),

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         warn_of_fewer(flags.n_obs, len(rows[0].per_item["accuracy"]))
     print_tables(results, study.beside(results, PAPER))
     for shots in SHOTS:
-        print_differences(
+        study.differences += print_differences(
             results,
             f"Is Keyformer better than H2O at {shots} shots?",
             labelled(shots=shots, method="keyformer"),

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         ("Is Keyformer better than H2O?", labelled(method="h2o")),
         ("Is Keyformer better than a window?", labelled(method="window")),
     ):
-        print_differences(results, question, paper, other)
+        study.differences += print_differences(results, question, paper, other)
     study.write(results)
 
 

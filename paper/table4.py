@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         ("Does Gumbel noise beat Gaussian?", "gumbel", "gaussian"),
         ("Is a constant the same as none, as softmax says?", "constant", "none"),
     ):
-        print_differences(
+        study.differences += print_differences(
             results,
             f"{question} {first} - {second}",
             labelled(noise=first),

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         for last in ENDS
     )
     print_tables(results)
-    print_differences(
+    study.differences += print_differences(
         results,
         "Does a rising temperature help? 1 to 2 - 1 throughout",
         labelled(tau_init=1.0, tau_end=2.0),

@@ -83,7 +83,7 @@ def sweep_sizes(study: Study, sizes: Sequence[float], compared_at: Sequence[floa
     print_tables(results)
     for size in compared_at:
         for other in ("h2o", "window"):
-            print_differences(
+            study.differences += print_differences(
                 results,
                 f"At {size} % of the cache, keyformer - {other}",
                 labelled(method="keyformer", kv_cache=size),

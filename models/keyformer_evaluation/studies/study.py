@@ -155,6 +155,7 @@ class Study:
         flags.store = flags.store or flags.out / "measured.sqlite"
         self.flags = flags
         self.found: list[Found] = []
+        self.differences: list[Labels] = []
         check_writable(flags.out, folder=True)
         for part in pictures:
             written, *files = (self._file(kind, part) for kind in ("json", "csv", "png", "svg"))
@@ -340,6 +341,8 @@ class Study:
             settings |= {name: getattr(self.flags, name) for name in PLAIN}
             settings["prompt"] = self.flags.prompt or "default"
             settings["max_new_tokens"] = {task: self.max_new_tokens(task) for task in self.items}
+        if self.differences:
+            settings["differences"] = self.differences
         came = record(sources(self.found))
         came["command"] = shlex.join(["python", f"paper/{self.name}.py", *self.argv])
         written = Written(self._file("json", part), {**came, **settings, "rows": records})

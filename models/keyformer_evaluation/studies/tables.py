@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from keyformer_evaluation.studies.study import Numbers, Panel, Results
-from keyformer_evaluation.studies.sweep import Estimate, Row, Shown, estimate
+from keyformer_evaluation.studies.sweep import Estimate, Labels, Row, Shown, estimate
 
 NAMES = {
     "rouge1": "ROUGE-1",
@@ -156,17 +156,23 @@ def print_differences(
     first: Callable[[Row], bool],
     second: Callable[[Row], bool],
     metric: str | None = None,
-) -> None:
+) -> list[Labels]:
     """In each panel, by how much the one row that ``first`` picks is above that of ``second``.
 
     Parameters
     ----------
     metric
         Default: the one that rows are compared by.
+
+    Returns
+    -------
+    list
+        What was printed, for the record.
     """
     metric = metric or compared_metric(next(iter(results.values()))[0]) or ""
     print(f"\n{question} ({NAMES[metric]}, mean of paired differences and 95 % interval)")
     lines = [["model", "task", "difference", "so"]]
+    found: list[Labels] = []
     for (model, task), rows in results.items():
         (a,), (b,) = (list(filter(pick, rows)) for pick in (first, second))
         mean, low, high = difference(a, b, metric)
@@ -174,7 +180,12 @@ def print_differences(
         if (a.per_item[metric] == b.per_item[metric]).all():
             so = "equal on every document"
         lines.append([model, task, spanned((mean, low, high), digits_of(metric), "+"), so])
+        ends = {"difference": mean, "low": low, "high": high}
+        rounded = {name: round(number, 4) for name, number in ends.items()}
+        asked = {"question": question, "model": model, "task": task, "metric": metric}
+        found.append({**asked, **rounded, "so": so})
     print_columns(lines)
+    return found
 
 
 def labelled(**labels: Any) -> Callable[[Row], bool]:
