@@ -23,6 +23,7 @@ from keyformer_evaluation.studies.sweep import Cell, Labels, Row, Steps, plain
 from keyformer_evaluation.studies.tables import (
     LOSSES,
     compared_metric,
+    difference,
     gain,
     print_columns,
     print_tables,
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> Steps:
         ]
     results = yield from study.measure(cells, measures(study, study.items))
     print_tables(results)
-    verdict(results, [described(of.config) for of in finalists], searched)
+    study.differences = verdict(results, [described(of.config) for of in finalists], searched)
     study.write(results)
 
 
@@ -161,13 +162,11 @@ def ranked(results: Results, rivals: int) -> list[Cell]:
 
 
 def beats(row: Row, rival: Row) -> int:
-    """1 if better, -1 if worse, 0 if the intervals overlap."""
-    metric = compared_metric(row) or ""
-    _, low, high = row.values[metric]
-    _, rival_low, rival_high = rival.values[metric]
-    if low <= rival_high and rival_low <= high:
+    """1 if better, -1 if worse, 0 if they cannot be told apart, document by document."""
+    mean, low, high = difference(row, rival)
+    if low <= 0 <= high:
         return 0
-    return (1 if low > rival_high else -1) * (-1 if metric in LOSSES else 1)
+    return (1 if mean > 0 else -1) * (-1 if compared_metric(row) in LOSSES else 1)
 
 
 def described(config: KeyformerConfig) -> str:
@@ -178,14 +177,15 @@ def described(config: KeyformerConfig) -> str:
     return name
 
 
-def verdict(results: Results, settings: list[str], searched: dict[str, list[Item]]) -> None:
+def verdict(results: Results, settings: list[str], searched: dict[str, list[Item]]) -> list[Labels]:
     """Print how often each finalist beats the baselines, and whether one always does."""
     counts = ", ".join(f"{len(of)} of {task}" for task, of in searched.items())
     print(
         f"\nSettings were chosen at {SEARCHED_AT} % of the cache on other documents ({counts})."
         f" Comparisons with {', '.join(BASELINES)} over models, tasks and sizes:"
     )
-    lines = [["setting", "better", "overlapping", "worse"]]
+    names = ("better", "cannot be told apart", "worse")
+    counted: list[Labels] = []
     winners = []
     for name in settings:
         outcomes = [
@@ -197,16 +197,16 @@ def verdict(results: Results, settings: list[str], searched: dict[str, list[Item
             if rival.labels["method"] in BASELINES
             and rival.labels["kv_cache"] == row.labels["kv_cache"]
         ]
-        lines.append([name, *(str(outcomes.count(which)) for which in (1, 0, -1))])
+        counts_of = {of: outcomes.count(which) for of, which in zip(names, (1, 0, -1), strict=True)}
+        counted.append({"setting": name, **counts_of})
         if all(outcome == 1 for outcome in outcomes):
             winners.append(name)
-    print_columns(lines)
+    print_columns([[*counted[0]], *([str(value) for value in line.values()] for line in counted)])
     if winners:
-        print(
-            f"{'; '.join(winners)}: better than all of them everywhere, no intervals overlapping."
-        )
+        print(f"{'; '.join(winners)}: better than all of them everywhere.")
     else:
         print("No setting beats all of them everywhere: there is no preset to be made of one.")
+    return counted
 
 
 def picture(written: Written) -> Figure:
