@@ -97,6 +97,7 @@ def picture(written: Written) -> Figure:
     found_ax.set_title("needles found", loc="left")
     found_ax.set_xlabel("% (more is better)")
     draw_rows(lost_ax, [replace(look, label="") for look in looks], [lost[m] for m in METHODS], 2)
+    lost_ax.set_xlim(right=1.5 * max(lost[method][0] for method in METHODS))
     lost_ax.set_title("lost on summaries", loc="left")
     lost_ax.set_xlabel("nats per token (less is better)")
     times = [(row["ms"],) * 3 for row in map(step.__getitem__, ENGINES)]

@@ -136,6 +136,8 @@ def picture(written: Written) -> Figure:
         ax.grid(False, axis="x")
         ax.set_ylim(0, 105)
         ax.set_title(f"{model_name(model)}, {shots} shots", loc="left")
+    for ax in grid[-1]:
+        ax.set_xlabel("task")
     for ax in grid[:, 0]:
         ax.set_ylabel("accuracy (%)")
     return figure

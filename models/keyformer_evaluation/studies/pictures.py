@@ -441,7 +441,7 @@ def draw_rows(
         ax.annotate(number, (max(high, mean), place), (5, 0), **_POINTS, va="center", size=10)
     ax.set_yticks(range(len(looks)), [look.label for look in looks])
     ax.tick_params(axis="y", length=0)
-    ax.invert_yaxis()
+    ax.set_ylim(len(looks) - 0.5, -0.5)
     ax.grid(False, axis="y")
     ax.margins(x=0.22)
     if bars:

@@ -70,6 +70,10 @@ class Written:
 
     def write(self, figure: Figure) -> None:
         """The picture as PNG and SVG."""
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        for ax in figure.axes:  # a layout's last digits differ from run to run
+            ax.set_position([round(side, 6) for side in ax.get_position().bounds])
         for kind in PICTURES:
             write_picture(self.path.with_suffix(kind), figure)
 
