@@ -73,7 +73,8 @@ class Written:
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
         for ax in figure.axes:  # a layout's last digits differ from run to run
-            ax.set_position([round(side, 6) for side in ax.get_position().bounds])
+            left, bottom, width, height = (round(side, 6) for side in ax.get_position().bounds)
+            ax.set_position((left, bottom, width, height))
         for kind in PICTURES:
             write_picture(self.path.with_suffix(kind), figure)
 
