@@ -11,6 +11,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,10 +25,13 @@ from urllib.parse import unquote, urlsplit
 import datasets
 import pyarrow
 import pytest
+from conftest import script as task_script
 from huggingface_hub import close_session, constants
+from originals import write_original
 from pyarrow import parquet
 
 from keyformer import InputError
+from keyformer_evaluation.tasks import flags
 from keyformer_evaluation.tasks.data import TASKS, load_items
 from keyformer_evaluation.tasks.flags import run_main
 
@@ -52,6 +56,7 @@ NAMES = ("cnndm", "govreport", "longbench", "xsum")
 cnndm, govreport, longbench, xsum = (script("summarization/dataset_download", n) for n in NAMES)
 orca, soda = (script("conversation/dataset_download", n) for n in ("orca", "soda"))
 download_model = script("models/model_download", "model")
+summarize = task_script("summarization", "summarize")
 
 
 # ---------------------------------------------------------------- a stand-in for the hub
@@ -504,18 +509,52 @@ def test_model_comes_without_code_and_is_not_mixed(hub, mpt_files, tmp_path, fai
     assert cache.exists()
 
 
-def test_default_folder_is_model_next_to_the_script(hub, mpt_files, tmp_path, monkeypatch) -> None:
-    hub.repos[MPT] = mpt_files
-    copy = tmp_path / "model_download" / "download_model.py"
-    copy.parent.mkdir()
-    copy.write_bytes(Path(download_model.__file__).read_bytes())
-    monkeypatch.setattr(sys, "argv", [str(copy), "--model_name", MPT])
+@pytest.mark.parametrize(
+    ("name", "arch", "folder"),
+    [
+        (MPT, "mpt", "mpt-7b-keyformer"),
+        ("EleutherAI/gpt-j-6B", "gptj", "gptj-keyformer"),
+        ("cerebras/Cerebras-GPT-6.7B", "cerebras", "cerebras-keyformer"),
+    ],
+)
+def test_the_released_commands_as_typed(hub, tmp_path, monkeypatch, name, arch, folder) -> None:
+    """cd models/model_download; download; cd; mv; then the task scripts find model and data."""
+    models = tmp_path / "models"
+    for file in (
+        ".gitignore",
+        "models/model_download/download_model.py",
+        f"models/{folder}/README.md",
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    original = write_original(tmp_path / "hub", arch, "bin shards")
+    hub.repos[name] = {path.name: path.read_bytes() for path in original.iterdir()}
+
+    monkeypatch.chdir(models / "model_download")
+    monkeypatch.setattr(sys, "argv", ["download_model.py", "--model_name", name])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(copy), run_name="__main__")
+        runpy.run_path("download_model.py", run_name="__main__")
     assert stopped.value.code == 0
-    assert sorted(os.listdir(copy.parent)) == ["download_model.py", "model"]
-    # No file but these, and none whose name has a dot first: mv model/* is all.
-    assert set(os.listdir(copy.parent / "model")) == COMPLETE
+    fetched = {*os.listdir(models / "model_download" / "model")}
+    # Nothing whose name has a dot first: mv model/* is all.
+    code = {file for file in hub.repos[name] if file.endswith(".py")}
+    assert fetched == hub.repos[name].keys() - code | {"download_info.json"}
+
+    monkeypatch.chdir(tmp_path)
+    commands = f"git init -q && mv models/model_download/model/* models/{folder}/"
+    commands += f" && git ls-files --others --exclude-standard models/{folder}"
+    seen = subprocess.check_output(commands, shell=True, text=True)
+    assert seen.split() == [f"models/{folder}/README.md"]  # no weights are ever committed
+    assert {*os.listdir(models / folder)} == fetched | {"README.md"}
+
+    write_rows(tmp_path / "mirror" / "validation.jsonl", rows_of("article", "highlights", 2))
+    cnndm.main(["--dataset_path", str(tmp_path / "mirror")])
+    monkeypatch.setattr(flags, "MODELS", models)
+    for which in (["--model_path", f"models/{folder}"], ["--model_name", folder]):
+        more = ["--dataset_path", "summarization/data/cnn_eval.json", "--max_new_tokens", "2"]
+        more += ["--save_path", "out.summary", "--score_path", "out.score", "--device", "cpu"]
+        summarize.main([*which, *more, "--keyformer", "--causal_lm", "--early_stopping"])
+        assert read(tmp_path / "out.score")["items"] == 2
 
 
 def test_one_weight_format_comes_and_foreign_files_stay(hub, mpt_files, tmp_path) -> None:
