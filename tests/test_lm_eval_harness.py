@@ -269,6 +269,7 @@ def test_table_2(model_path, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(study, "papers_model", lambda path: "MPT-7B")
     numbers = {**table2.PAPER, ("MPT-7B", "tiny_copa"): table2.PAPER["MPT-7B", "copa"]}
     monkeypatch.setattr(table2, "PAPER", numbers)
+    monkeypatch.setattr(study.Study, "draw", lambda *_: None)
     carry_out([table2.main(flags)])
     lines = capsys.readouterr().out.splitlines()
     head = next(at for at, line in enumerate(lines) if line.endswith("paper: accuracy, %"))

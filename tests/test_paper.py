@@ -143,6 +143,7 @@ def test_finished_study_is_not_measured_again(name, flags, tmp_path, monkeypatch
 
 def test_papers_numbers_stand_beside_its_models_alone(flags, capsys, monkeypatch) -> None:
     """Whatever the folder's name, which here is that of MPT-7B."""
+    monkeypatch.setattr(Study, "draw", lambda *_: None)
     run("table4", flags)
     assert "paper: " not in capsys.readouterr().out
     monkeypatch.setattr(study, "papers_model", lambda path: "MPT-7B")
@@ -171,7 +172,7 @@ def test_papers_models_are_told_by_their_configurations(model_path, tmp_path) ->
 
 def test_settings_of_the_paper(model_path, tmp_path, monkeypatch) -> None:
     """They reach what is generated, what it is kept by, and the record."""
-    item = {"instruction": "Sum up.", "input": "the key tokens. " * 999, "output": "the"}
+    item = {"instruction": "Sum up.", "input": "the key tokens. " * 600, "output": "the"}
     (tmp_path / "cnndm_eval.json").write_text(json.dumps([item]))
     flags = ["--model_path", str(model_path), "--seeds", "0", "--device", "cpu"]
     flags += ["--dataset_path", str(tmp_path / "cnndm_eval.json"), "--out", str(tmp_path / "out")]
@@ -182,6 +183,7 @@ def test_settings_of_the_paper(model_path, tmp_path, monkeypatch) -> None:
         return [Generated(["the"], None, 1, 1.0, 1.0, 1.0) for _ in prompts]
 
     monkeypatch.setattr(measures, "generate", generate)
+    monkeypatch.setattr(Study, "draw", lambda *_: None)
     run("table4", [*flags, "--settings", "paper"])
     count, (tokens, options) = len(asked), asked[-1]
     assert 1900 < tokens <= 1920
