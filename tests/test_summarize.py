@@ -18,8 +18,9 @@ from keyformer import InputError, KeyformerCache, load_model
 from keyformer.config import METHODS
 from keyformer_evaluation.tasks import data
 from keyformer_evaluation.tasks.data import conversation, user
-from keyformer_evaluation.tasks.flags import run_main
+from keyformer_evaluation.tasks.flags import check_task_flags, method_config, run_main
 from keyformer_evaluation.tasks.rouge import METRICS
+from keyformer_evaluation.tasks.run import task_parser
 
 summarize = script("summarization", "summarize")
 compare = script("summarization", "compare")
@@ -337,6 +338,19 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert len(lines) == 1 and says in lines[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "scores.json"]
     assert (tmp_path / "scores.json").read_text() == kept
+
+
+def test_the_released_flags_agree_with_each_other() -> None:
+    """All of run_summarization_task.sh; --device cuda is no one GPU."""
+    parser = task_parser(None, "summarization", Path(), texts="out.summary")
+    argv = "--device cuda --task summarization --bs 1 --dtype bfloat16 --causal_lm --early_stopping"
+    argv += " --output_summaries_only --padding_side left --beam 4 --keyformer --kv_cache 60"
+    argv += " --recent 30 --tau_init 1 --tau_end 2 --no_repeat_ngram_size 0 --repetition_penalty 1"
+    argv += " --max_tokenizer_length 1920 --max_new_tokens 128 --min_gen_length 30 --n_obs 10"
+    argv += " --num_return_sequences 1 --seed 12345 --model_parallelize"
+    flags = parser.parse_args(argv.split())
+    check_task_flags(flags)
+    assert method_config(flags)[0] == "keyformer" and flags.model_parallelize
 
 
 def test_compare_prints_methods_side_by_side(mpt_path, dataset_path, tmp_path, capsys) -> None:

@@ -317,8 +317,10 @@ def check_model_flags(flags: argparse.Namespace) -> None:
     """
     if not flags.causal_lm:
         raise InputError("--no-causal_lm: encoder-decoder models are not supported")
-    if flags.model_parallelize and flags.device is not None:
-        raise InputError("--device contradicts --model_parallelize, which takes every GPU")
+    if flags.model_parallelize and flags.device not in (None, "cuda"):
+        raise InputError(
+            f"--device {flags.device} contradicts --model_parallelize, which takes every GPU"
+        )
 
 
 def model_dtype(flags: argparse.Namespace) -> str:
