@@ -287,6 +287,8 @@ def test_n_obs_draws_at_random_with_seed(mirror, tmp_path) -> None:
         xsum.main([*argv, "--output", str(out)])
         drawn[run] = [e["input"] for e in read(out)]
     assert drawn["a"] == drawn["b"] != drawn["c"]
+    xsum.main(["--dataset_path", str(mirror), "--n_obs", "31", "--output", str(tmp_path / "all")])
+    assert len(read(tmp_path / "all")) == 30  # as many as there are
     assert len(set(drawn["a"])) == 5 and drawn["a"] != [f"dóc {i}" for i in range(5)]
 
 
