@@ -180,7 +180,7 @@ def test_prompt_lengths(run, caches, flags) -> None:
 @pytest.mark.parametrize("arch", ["mpt"], scope="session")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_every_prompt_begins_with_the_start_token(run, tmp_path, monkeypatch, side) -> None:
-    """Also where it is cut, as which it counts; texts are those of the prompt with it before."""
+    """Also where it is cut: it counts as one of the prompt's. Texts are kept by it."""
     fed = []
     generate = MptForCausalLM.generate
 
@@ -190,8 +190,7 @@ def test_every_prompt_begins_with_the_start_token(run, tmp_path, monkeypatch, si
 
     monkeypatch.setattr(MptForCausalLM, "generate", watched)
     flags = ["--bs", "5", "--padding_side", side, "--max_tokenizer_length", "250"]
-    flags += ["--store", str(tmp_path / "store"), "--save_prompt_attentions"]
-    flags += ["--attentions_path", str(tmp_path / "att"), "--return_tensors", "pt"]
+    flags += ["--store", str(tmp_path / "store"), "--return_tensors", "pt"]
     _, without = run(*flags)
     _, lines = run(*flags, "--decoder_start_token_id", "7")
     (plain, was_real), (ids, real) = fed
@@ -201,6 +200,8 @@ def test_every_prompt_begins_with_the_start_token(run, tmp_path, monkeypatch, si
         assert len(text) == min(250, len(expected) + 1) or len(expected) == 250
         assert text[1:20] == expected[:19] and text[-9:] == expected[-9:]
     assert lines != without  # and nothing of the other run was taken from the store
+    more = ["--save_prompt_attentions", "--attentions_path", str(tmp_path / "att")]
+    assert run(*flags, *more, "--decoder_start_token_id", "7")[1] == lines
     (file,) = (tmp_path / "att").iterdir()
     with np.load(file) as saved:
         assert saved["step0000_layer00_weights"].shape[-1] == ids.shape[1]
