@@ -32,9 +32,12 @@ NUMBER = re.compile(r"-?\d+\.\d+")
 
 @functools.cache
 def rows_of(path: str) -> list[dict[str, Any]]:
-    """Of a CSV or of a JSON record."""
+    """Of a CSV, or of a JSON record what ``#`` names, by default its rows."""
+    path, _, part = path.partition("#")
     with (ROOT / path).open(newline="") as file:
-        return json.load(file)["rows"] if path.endswith(".json") else list(csv.DictReader(file))
+        if path.endswith(".csv"):
+            return list(csv.DictReader(file))
+        return json.load(file)[part or "rows"]
 
 
 def same(recorded: Any, asked: str) -> bool:
