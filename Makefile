@@ -38,4 +38,5 @@ $(VENV)/demo.done: pyproject.toml constraints.txt
 
 $(VENV)/test.done: $(VENV)/demo.done
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python tests/browser.py
 	touch $@

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from browser import Page, browser
 from conftest import script
 from originals import write_original
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.select import Select
 
 from keyformer import InputError, KeyformerCache, KeyformerConfig, load_model
 from keyformer_evaluation.studies.study import BUNDLED
@@ -22,28 +17,6 @@ from keyformer_evaluation.tasks.data import TASKS, load_items
 
 kept_tokens = script("paper", "kept_tokens")
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """Headless Chromium, the distribution's own."""
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.fail("the page is tested in Chromium: apt-get install chromium chromium-driver")
-    options = ChromeOptions()
-    options.binary_location = chromium
-    profile = tmp_path_factory.mktemp("profile")
-    for switch in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
-        *("disable-background-networking", "disable-component-update", "disable-sync"),
-        *(f"user-data-dir={profile}", "window-size=1000,900"),
-    ):
-        options.add_argument(f"--{switch}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = Chrome(options, ChromeService(driver))
-    yield chrome
-    chrome.quit()
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +33,16 @@ def page(model_path, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as page:
+        yield page
+
+
 @pytest.fixture
-def opened(browser, page):
-    browser.get(page.as_uri())
-    return browser
+def opened(chromium, page) -> Page:
+    chromium.open(page.as_uri())
+    return chromium
 
 
 def states(model_path: Path) -> list[torch.Tensor]:
@@ -80,12 +59,12 @@ def states(model_path: Path) -> list[torch.Tensor]:
     return found
 
 
-def shading(browser) -> dict[int, int]:
+def shading(page: Page) -> dict[int, int]:
     """By token, how many heads the page says hold it; its colour has to agree."""
-    read = """return [...document.querySelectorAll("span[data-token]")].map((span) =>
+    read = """[...document.querySelectorAll("span[data-token]")].map((span) =>
         [+span.dataset.token, +span.dataset.held, getComputedStyle(span).backgroundColor])"""
     held = {}
-    for token, holding, color in browser.execute_script(read):
+    for token, holding, color in page.evaluate(read):
         assert (color == "rgba(0, 0, 0, 0)" or color.endswith(", 0)")) == (holding == 0), color
         held[token] = holding
     return held
@@ -98,32 +77,31 @@ def counted(positions: torch.Tensor) -> dict[int, int]:
 
 def test_slider_changes_the_shading(opened, model_path) -> None:
     """At every step, shading is what the cache held then."""
-    slider = opened.find_element(By.ID, "step")
     seen = []
     for step, positions in enumerate(states(model_path)):
-        assert opened.find_element(By.ID, "at").text == f"{step} of {STEPS}"
+        assert opened.text("#at") == f"{step} of {STEPS}"
         held = shading(opened)
         assert {token: count for token, count in held.items() if count} == counted(positions)
         seen.append(held)
-        slider.send_keys(Keys.ARROW_RIGHT)
+        opened.press_right("#step")
     assert all(before != after for before, after in pairwise(seen))
-    assert opened.find_element(By.ID, "counts").text.startswith("40 of ")
+    assert opened.text("#counts").startswith("40 of ")
 
 
 def test_one_layer_and_head(opened, model_path) -> None:
-    Select(opened.find_element(By.ID, "layer")).select_by_visible_text("1")
-    Select(opened.find_element(By.ID, "head")).select_by_visible_text("2")
+    opened.choose("#layer", "1")
+    opened.choose("#head", "2")
     held = {token for token, count in shading(opened).items() if count}
     assert held == set(states(model_path)[0][1, 2].tolist())
 
 
 def test_hover_shows_the_score(opened, model_path) -> None:
-    Select(opened.find_element(By.ID, "layer")).select_by_visible_text("0")
-    Select(opened.find_element(By.ID, "head")).select_by_visible_text("0")
-    token = opened.find_element(By.CSS_SELECTOR, '#prompt span[data-held="1"]')
-    ActionChains(opened).move_to_element(token).perform()
-    tip = opened.find_element(By.ID, "tip").text
-    position = int(token.get_attribute("data-token"))
+    opened.choose("#layer", "0")
+    opened.choose("#head", "0")
+    token = '#prompt span[data-held="1"]'
+    opened.hover(token)
+    tip = opened.text("#tip")
+    position = int(opened.evaluate(f"document.querySelector('{token}').dataset.token"))
     assert f"position {position}\nheld by 1 of 1 heads" in tip
 
     model, tokenizer = load_model(model_path, device="cpu", dtype="float32")
@@ -138,10 +116,11 @@ def test_hover_shows_the_score(opened, model_path) -> None:
 
 
 def test_page_needs_no_network_and_has_no_errors(opened) -> None:
-    assert opened.get_log("browser") == []
-    asked = [entry["message"] for entry in opened.get_log("performance")]
-    urls = [m for m in asked if '"Network.requestWillBeSent"' in m]
-    assert urls and not any('"url":"http' in m for m in urls)
+    said = {"Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown"}
+    assert not [event for event in opened.events if event[0] in said]
+    asked = [event for method, event in opened.events if method == "Network.requestWillBeSent"]
+    urls = [event["request"]["url"] for event in asked]
+    assert urls and all(url.startswith("file:") for url in urls), urls
 
 
 @pytest.mark.parametrize(
