@@ -15,6 +15,7 @@ from keyformer.config import InputError
 from keyformer_lm_eval.model import KeyformerLM
 
 TASKS = Path(__file__).parents[2] / "lm_eval_harness" / "tasks"
+"""The bundled ones, of the repository's checkout; an installed wheel has none."""
 
 
 def find_tasks(names: Sequence[str]) -> TaskManager:
@@ -31,10 +32,8 @@ def find_tasks(names: Sequence[str]) -> TaskManager:
     manager = _known(True)
     for name in names:
         if not manager.match_tasks([name]):
-            raise InputError(
-                f"lm-eval has no task {name!r}; beside its own there are"
-                f" {', '.join(bundled.all_tasks)}"
-            )
+            known = ", ".join(bundled.all_tasks) or f"none, as there is no folder {TASKS}"
+            raise InputError(f"lm-eval has no task {name!r}; beside its own there are {known}")
     return manager
 
 
@@ -43,7 +42,8 @@ def _known(its_own: bool) -> TaskManager:
     """The bundled tasks, and lm-eval's own, which take seconds to read."""
     # What it warns of is how it is meant to be called, which is seen to here.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return TaskManager(include_path=str(TASKS), include_defaults=its_own)
+    bundled = str(TASKS) if TASKS.is_dir() else None
+    return TaskManager(include_path=bundled, include_defaults=its_own)
 
 
 def evaluate(

@@ -127,8 +127,9 @@ def _source(name: str) -> Path | None:
 
 @lru_cache
 def _project() -> frozenset[str]:
-    """The packages beside this one."""
-    return frozenset(path.parent.name for path in Path(__file__).parents[2].glob("*/__init__.py"))
+    """The packages beside this one, in the checkout or among other projects' that are installed."""
+    beside = Path(__file__).parents[2].glob("*keyformer*/__init__.py")
+    return frozenset(path.parent.name for path in beside)
 
 
 def _imported(tree: ast.AST) -> Iterable[str]:
