@@ -26,6 +26,7 @@ test: $(VENV)/test.done
 	$(BIN)/mypy paper
 	$(BIN)/mypy lm_eval_harness
 	$(BIN)/mypy benchmarks
+	$(BIN)/mypy examples
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 clean:
