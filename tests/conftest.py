@@ -35,7 +35,8 @@ from transformers import PreTrainedModel
 from keyformer import KeyformerConfig, enable_keyformer
 from keyformer_evaluation.tasks import flags
 
-make_quick()
+if "TRITON_INTERPRET" in os.environ:
+    make_quick()
 for absent in (torch.cuda, torch.xpu, torch.mtia):
     if not absent.is_available():
         # It would note each seed with the stack, for the day that the device is there.
