@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -286,6 +287,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+@cache
 def installed_version(name: str) -> str | None:
     """The installed version; None where a library is used from its folder."""
     try:
@@ -294,6 +296,7 @@ def installed_version(name: str) -> str | None:
         return None
 
 
+@cache
 def _commit() -> str | None:
     """The commit this code stands at, "+changes" if files differ.
 
