@@ -20,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of scripts too: there is a test for each 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
+import torch.utils.collect_env
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read on import: kernels run on the CPU, as numpy
@@ -37,6 +38,7 @@ from keyformer_evaluation.tasks import flags
 
 if "TRITON_INTERPRET" in os.environ:
     make_quick()
+torch.utils.collect_env.get_pretty_env_info = str  # lm-eval asks pip, with each result
 for absent in (torch.cuda, torch.xpu, torch.mtia):
     if not absent.is_available():
         # It would note each seed with the stack, for the day that the device is there.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import peft  # noqa: F401  (transformers imports it where it seeds)
+import torch.utils.collect_env
 
 import keyformer_lm_eval.harness  # noqa: F401
 from keyformer_evaluation.records.identity import code_hash
@@ -50,6 +51,8 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> NoRetu
 
 def main() -> None:
     """Answer until there are no more requests."""
+    # lm-eval asks pip what is installed, with each result.
+    torch.utils.collect_env.get_pretty_env_info = str
     # Remembers modules.
     code_hash("keyformer_evaluation.studies.study", "keyformer_lm_eval.harness")
     gc.freeze()
