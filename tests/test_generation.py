@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from conftest import LargestTensor
+from originals import ORIGINALS
 from transformers import DynamicCache, set_seed
 
 import keyformer.backends.torch
@@ -31,11 +32,11 @@ def test_full_equals_stock(stock, evicting, full, padded, mode: str) -> None:
     texts = []
     for model in (stock, evicting(full)):
         set_seed(0)
-        texts.append(model.generate(**padded, max_new_tokens=20, **MODES[mode]))
+        texts.append(model.generate(**padded, max_new_tokens=12, **MODES[mode]))
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize(("length", "new"), [(1, 100), (2, 5), (130, 70)])
+@pytest.mark.parametrize(("length", "new"), [(1, 70), (2, 5), (130, 66)])
 def test_full_equals_stock_at_any_length(stock, evicting, full, length: int, new: int) -> None:
     """Across several growths of the cache, and past its first block of slots."""
     prompt = torch.randint(1, 61, (2, length))
@@ -73,8 +74,15 @@ def test_attention_weights_equal_stock(stock, evicting, full, padded) -> None:
             assert torch.allclose(ours[asked], theirs[asked], atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("mode", ["greedy", "beam", "several"])
+@pytest.mark.parametrize(
+    ("arch", "method", "mode"),
+    [
+        ([*ORIGINALS][(number + more) % 3], method, mode)
+        for number, method in enumerate(METHODS)
+        for more, mode in enumerate(["greedy", "beam", "several"])
+    ],
+    scope="session",
+)  # every pair of two of them
 def test_slots_after_generate(evicting, padded, method: str, mode: str) -> None:
     """Non-empty slots are min(seen, k) in each layer and head, and no slots are spare."""
     config = KeyformerConfig.preset(method, kv_cache=50, seed=0)
@@ -103,17 +111,15 @@ def test_slots_after_generate(evicting, padded, method: str, mode: str) -> None:
     assert cache.memory_bytes() == counted
 
 
-@pytest.mark.parametrize(
-    "method", ["full", "window", "streaming_llm", "key", "h2o", "keyformer", "recall"]
-)
+@pytest.mark.parametrize("method", ["window", "streaming_llm", "h2o", "keyformer", "recall"])
 def test_a_batch_gives_each_sequence_its_own_result(evicting, padded, method: str) -> None:
     config = KeyformerConfig.preset(method, kv_cache=50, noise="none")
     model = evicting(config)
-    together = model.generate(**padded, max_new_tokens=12, min_new_tokens=12)
+    together = model.generate(**padded, max_new_tokens=8, min_new_tokens=8)
     for row, mask in enumerate(padded["attention_mask"]):
         alone = padded["input_ids"][row : row + 1, mask.bool()]
-        text = model.generate(alone, max_new_tokens=12, min_new_tokens=12)
-        assert torch.equal(text[0, -12:], together[row, -12:])
+        text = model.generate(alone, max_new_tokens=8, min_new_tokens=8)
+        assert torch.equal(text[0, -8:], together[row, -8:])
 
 
 @pytest.mark.parametrize(
@@ -139,14 +145,14 @@ def test_beams_keep_their_own_slots(evicting, padded, settings) -> None:
     beams = model.generate(
         **padded,
         num_beams=4,
-        num_return_sequences=4,
+        num_return_sequences=2,
         max_new_tokens=7,
         min_new_tokens=7,
         return_dict_in_generate=True,
         output_scores=True,
     )
     for beam, score in enumerate(beams.sequences_scores):
-        row = beam // 4
+        row = beam // 2
         prompt = padded["input_ids"][row : row + 1, padded["attention_mask"][row].bool()]
         text = beams.sequences[beam, -7:]
         cache = KeyformerCache(model.config, config)
@@ -177,7 +183,7 @@ def test_seed_repeats_and_changes(evicting, padded) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2], [2]])
+@pytest.mark.parametrize("order", [[3, 1, 0, 2], [2]])
 def test_noise_of_an_id_does_not_depend_on_the_batch(evicting, beams: int, order) -> None:
     """Each sequence's text and slots are those it has alone under its id."""
     config = KeyformerConfig(kv_cache=40, seed=5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 from typing import Any
 
@@ -453,7 +454,9 @@ def test_a9_token_type_ids(name: str, text) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["pickle", "torch.save", "deepcopy"])
+@pytest.mark.parametrize(
+    ("name", "how"), zip(NAMES, itertools.cycle(["pickle", "torch.save", "deepcopy"]))
+)
 def test_a10_pickled(name, text, how: str) -> None:
     """As long as stock can be: once asked for hidden states it holds hooks that cannot."""
     stock = small(name)
@@ -752,10 +755,10 @@ def test_shapes_that_stock_takes(name: str, stock, inputs) -> None:
 def test_what_generate_was_asked_for_is_forgotten(name, stock, text) -> None:
     """A cache goes on in forward calls for as long as the table reaches."""
     table = {"opt": "max_position_embeddings", "cerebras": "n_positions", "gptj": "n_positions"}
-    model = enable(small(name, **({table[name]: 60} if name in table else {})), FULL)
+    model = enable(small(name, **({table[name]: 40} if name in table else {})), FULL)
     cache = KeyformerCache(model.config, FULL)
     for limit in ("max_new_tokens", "max_length"):
-        options = {limit: 30, "past_key_values": cache}
+        options = {limit: 15, "past_key_values": cache}
         output = model.generate(text[:, :10], return_dict_in_generate=True, **options)
         assert output.past_key_values is cache
         assert (cache.max_new_tokens, cache.max_length) == (None, None)
