@@ -129,7 +129,7 @@ def test_all_together_are_quick_and_complete(tmp_path) -> None:
     assert after.endswith("equal on every document")
 
 
-@pytest.mark.parametrize("name", ["fig3", "fig4", "recent_ratio", "table4"])
+@pytest.mark.parametrize("name", ["fig3", "fig4", "table4"])
 def test_finished_study_is_not_measured_again(name, flags, tmp_path, monkeypatch) -> None:
     more = ["--layer", "1", "--head", "0"] if name == "fig4" else []
     run(name, [*flags, *more])

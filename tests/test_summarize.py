@@ -159,13 +159,14 @@ def test_eos_token_ends_a_summary(run, model_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("arch", "flags"),
     [
-        ["--max_tokenizer_length", "300"],
-        ["--no_truncation"],
-        ["--padding", "max_length", "--max_tokenizer_length", "600", "--bs", "3"],
-        ["--padding_side", "right", "--bs", "3"],
+        ("mpt", ["--max_tokenizer_length", "300"]),
+        ("gptj", ["--no_truncation"]),
+        ("gptj", ["--padding", "max_length", "--max_tokenizer_length", "600", "--bs", "3"]),
+        ("cerebras", ["--padding_side", "right", "--bs", "3"]),
     ],
+    scope="session",
 )
 def test_prompt_lengths(run, caches, flags) -> None:
     run(*flags, "--keyformer", "--kv_cache", "50")
