@@ -168,11 +168,14 @@ def test_chat_never_grows(model_path, method: str) -> None:
         storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    chat.reply(SAID[0])
+    def say(turn: int) -> None:
+        chat.reply(" ".join([SAID[turn % 2]] * 28))
+
+    say(0)
     filled, memory, seen = chat.cache.memory_bytes(), held(), chat.cache.get_seq_length()
     assert all((layer.positions >= 0).all() for layer in chat.cache.layers)
-    for turn in range(19):
-        chat.reply(" ".join([SAID[turn % 2]] * 24))
+    for turn in range(1, 20):
+        say(turn)
     assert chat.cache.get_seq_length() > seen + 19 * 120 > ORIGINALS["gptj"].fields["n_positions"]
     assert chat.cache.memory_bytes() == filled
     assert held() <= memory + 1024  # the unfed token of a turn
