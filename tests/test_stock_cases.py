@@ -36,7 +36,7 @@ from transformers.utils import logging
 
 from keyformer import InputError, KeyformerCache
 
-CASES = int(os.environ.get("KEYFORMER_CASES", "304"))
+CASES = int(os.environ.get("KEYFORMER_CASES", "456"))
 """How many cases all families have together."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
