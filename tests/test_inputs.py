@@ -624,9 +624,9 @@ def started(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True)
 
 
-def test_b19_commands_say_nothing_of_torchao() -> None:
+def test_b19_nothing_is_said_of_torchao() -> None:
     """transformers imports it wherever it is installed, and it speaks of what is not asked for."""
-    done = started(str(ROOT / "summarization" / "summarize.py"), "--help")
+    done = started("-c", "import keyformer")
     assert done.returncode == 0 and done.stderr == ""
 
 

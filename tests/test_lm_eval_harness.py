@@ -21,6 +21,7 @@ from keyformer import InputError, KeyformerConfig, load_model
 from keyformer.quantize import weight_bytes
 from keyformer_evaluation.studies import study
 from keyformer_evaluation.studies.sweep import carry_out
+from keyformer_evaluation.studies.written import Written
 from keyformer_evaluation.tasks.flags import run_main
 from keyformer_lm_eval.harness import evaluate, find_tasks
 from keyformer_lm_eval.measure import Accuracy
@@ -280,7 +281,7 @@ def test_table_2(model_path, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(study, "papers_model", lambda path: "MPT-7B")
     numbers = {**table2.PAPER, ("MPT-7B", "tiny_copa"): table2.PAPER["MPT-7B", "copa"]}
     monkeypatch.setattr(table2, "PAPER", numbers)
-    monkeypatch.setattr(study.Study, "draw", lambda *_: None)
+    monkeypatch.setattr(Written, "write", lambda *_: None)
     carry_out([table2.main(flags)])
     lines = capsys.readouterr().out.splitlines()
     head = next(at for at, line in enumerate(lines) if line.endswith("paper: accuracy, %"))

@@ -37,7 +37,7 @@ from keyformer_evaluation.studies.published import papers_model
 from keyformer_evaluation.studies.study import BUNDLED, BUNDLED_MODELS, PAPER, Study
 from keyformer_evaluation.studies.sweep import Cell, Request, Row, Run, Steps, carry_out, summarize
 from keyformer_evaluation.studies.tables import alike, difference
-from keyformer_evaluation.studies.written import read_written
+from keyformer_evaluation.studies.written import Written, read_written
 from keyformer_evaluation.tasks.data import TASKS, encode
 from keyformer_evaluation.tasks.generation import Generated
 
@@ -143,7 +143,7 @@ def test_finished_study_is_not_measured_again(name, flags, tmp_path, monkeypatch
 
 def test_papers_numbers_stand_beside_its_models_alone(flags, capsys, monkeypatch) -> None:
     """Whatever the folder's name, which here is that of MPT-7B."""
-    monkeypatch.setattr(Study, "draw", lambda *_: None)
+    monkeypatch.setattr(Written, "write", lambda *_: None)
     run("table4", flags)
     assert "paper: " not in capsys.readouterr().out
     monkeypatch.setattr(study, "papers_model", lambda path: "MPT-7B")
@@ -183,7 +183,7 @@ def test_settings_of_the_paper(model_path, tmp_path, monkeypatch) -> None:
         return [Generated(["the"], None, 1, 1.0, 1.0, 1.0) for _ in prompts]
 
     monkeypatch.setattr(measures, "generate", generate)
-    monkeypatch.setattr(Study, "draw", lambda *_: None)
+    monkeypatch.setattr(Written, "write", lambda *_: None)
     run("table4", [*flags, "--settings", "paper"])
     count, (tokens, options) = len(asked), asked[-1]
     assert 1900 < tokens <= 1920
