@@ -1,7 +1,7 @@
 # Sourced by the run_*_task.sh scripts, which set task, script, here and their defaults:
-# one model, method and cache size over one dataset, as the paper's runs did (beam 4, early
-# stopping). Settings are environment variables; what follows the script's name on the
-# command line is passed on.
+# one model, method and cache size over one dataset, with the values of the scripts that the
+# paper's authors released. Settings are environment variables; what follows the script's name on
+# the command line is passed on.
 model_path=${MODEL_PATH:-$here/../models/mpt-tiny-keyformer}
 model_name=${MODEL_NAME:-$(basename "$model_path")}
 dataset_path=${DATASET_PATH:-$here/data/sample_eval.json}
@@ -26,6 +26,8 @@ out=${OUT_DIR:-$here/out}/$model_name/$(basename "$dataset_path" .json)/$attenti
     --beam "${BEAM:-4}" \
     --early_stopping \
     --dtype "${DTYPE:-auto}" \
-    ${MAX_NEW_TOKENS:+--max_new_tokens "$MAX_NEW_TOKENS"} \
+    --max_tokenizer_length "${MAX_TOKENIZER_LENGTH:-1920}" \
+    --max_new_tokens "${MAX_NEW_TOKENS:-128}" \
+    --min_gen_length "${MIN_GEN_LENGTH:-30}" \
     --seed "${SEED:-0}" \
     "$@"
