@@ -7,6 +7,7 @@ model_name=${MODEL_NAME:-$(basename "$model_path")}
 dataset_path=${DATASET_PATH:-$here/data/sample_eval.json}
 attention=${ATTENTION:-keyformer}
 kv_cache=${KV_CACHE:-60}
+max_new_tokens=${MAX_NEW_TOKENS:-128}
 out=${OUT_DIR:-$here/out}/$model_name/$(basename "$dataset_path" .json)/$attention-$kv_cache
 
 "${PYTHON:-python}" "$here/$script" \
@@ -27,7 +28,7 @@ out=${OUT_DIR:-$here/out}/$model_name/$(basename "$dataset_path" .json)/$attenti
     --early_stopping \
     --dtype "${DTYPE:-auto}" \
     --max_tokenizer_length "${MAX_TOKENIZER_LENGTH:-1920}" \
-    --max_new_tokens "${MAX_NEW_TOKENS:-128}" \
-    --min_gen_length "${MIN_GEN_LENGTH:-30}" \
+    --max_new_tokens "$max_new_tokens" \
+    --min_gen_length "${MIN_GEN_LENGTH:-$((max_new_tokens < 30 ? max_new_tokens : 30))}" \
     --seed "${SEED:-0}" \
     "$@"
