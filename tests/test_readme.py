@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def documents() -> list[Path]:
-    """Every Markdown file of the repository."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [ROOT / name for name in listed.stdout.split()]
+    """Every Markdown file of the repository, but for what is hidden or built."""
+    found = ((path, path.relative_to(ROOT).parts) for path in ROOT.rglob("*.md"))
+    return [path for path, at in found if at[0] != "build" and not any(p[0] == "." for p in at)]
 
 
 @pytest.fixture(scope="module")
