@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
 
     # The model is changed in place: from now on `generate` evicts.

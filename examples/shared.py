@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from keyformer import InputError
 from keyformer_evaluation.tasks.flags import Parser
 
 ROOT = Path(__file__).parents[1]
@@ -16,7 +17,10 @@ def model_path(description: str | None, argv: Sequence[str] | None) -> str:
     parser = Parser(description=description)
     default = str(REAL if REAL.is_dir() else BUNDLED)
     parser.add_argument("--model", default=default, help="folder or name (default: %(default)s)")
-    return parser.parse_args(argv).model
+    path = Path(name := parser.parse_args(argv).model)
+    if path.is_file() or (path.is_absolute() and not path.exists()):
+        raise InputError(f"--model must be a folder or a name on the hub, got {name}")
+    return name
 
 
 def report() -> str:

@@ -24,7 +24,13 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from keyformer.config import InputError
-from keyformer_evaluation.records.results import check_writable, write_picture, write_whole
+from keyformer_evaluation.records.results import (
+    check_writable,
+    run_record,
+    write_json,
+    write_picture,
+    write_whole,
+)
 from keyformer_evaluation.speed.shapes import model_config
 from keyformer_evaluation.studies.study import ARTICLES, ROOT
 from keyformer_evaluation.tasks import flags as flag
@@ -85,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = flag.Parser(description=__doc__)
     flag.model_flags(parser)
     parser.set_defaults(model_name="smollm2-135m")
-    parser.add_argument("--layer", type=flag.whole(0), default=21, help="of the walk")
-    parser.add_argument("--head", type=flag.whole(0), default=0, help="of keys and values")
+    parser.add_argument("--layer", type=flag.whole(0), default=24, help="of the walk")
+    parser.add_argument("--head", type=flag.whole(0), default=1, help="of keys and values")
     parser.add_argument("--out", type=Path, default=ROOT / "blog" / "figures")
     flags = parser.parse_args(argv)
     check_writable(flags.out, folder=True)
@@ -106,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_whole(
         flags.out / "walk.gif", lambda file: first.save(file, "GIF", save_all=True, **settings)
     )
+    steps = {"tokens": walked.tokens, "prompt": walked.prompt, "held": walked.held.tolist()}
+    write_json(flags.out / "walk.json", {**run_record(model.device), "walk": steps})
     print(f"pictures: {flags.out}")
 
 
@@ -147,7 +155,7 @@ def kept_by(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
 ) -> tuple[list[str], np.ndarray, KeyformerConfig]:
     """Of the first tokens of a text, the share of layers and heads that keep each of them."""
-    config = KeyformerConfig(kv_cache=30, recent=30)
+    config = KeyformerConfig(kv_cache=30, recent=30, seed=0)
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :READ].to(model.device)
     cache = KeyformerCache(model.config, config)
     model(ids, past_key_values=cache, logits_to_keep=1)
@@ -191,7 +199,7 @@ def shaded(tokens: list[str], share: np.ndarray, config: KeyformerConfig) -> Fig
 @torch.no_grad()
 def walk(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, layer: int, head: int) -> Walk:
     """Generate a few tokens after :data:`SENTENCE` with a small cache, and look at one head."""
-    config = KeyformerConfig(kv_budget=SLOTS, recent=RECENT)
+    config = KeyformerConfig(kv_budget=SLOTS, recent=RECENT, seed=0)
     cache = KeyformerCache(model.config, config)
     cache.max_new_tokens = WALKED
     if layer >= len(cache.layers):

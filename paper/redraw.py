@@ -65,6 +65,8 @@ def figure_of(written: Written) -> Figure:
     InputError
         If no script of this folder did, or the record lacks something.
     """
+    if not isinstance(written.record.get("command"), str):
+        raise InputError(f"{written.path} names no command: no script of paper/ wrote it")
     try:
         script = Path(shlex.split(written.record["command"])[1])
         of_part = pictures(script.name)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import script
@@ -11,6 +15,7 @@ from keyformer import InputError, load_model
 
 article = script("paper", "article")
 MODEL = "mpt-tiny-keyformer"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +26,11 @@ def walked():
 
 def test_every_picture_is_drawn(tmp_path) -> None:
     """With the bundled model; the animation has a frame for the prompt and each step."""
-    flags = ["--model_name", MODEL, "--device", "cpu", "--layer", "1", "--out", str(tmp_path)]
-    article.main(flags)
+    flags = ["--model_name", MODEL, "--device", "cpu", "--layer", "1", "--head", "0"]
+    article.main([*flags, "--out", str(tmp_path)])
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"growth.png", "key_tokens.png", "walk.png", "noise.png", "walk.gif"}
+    pictures = {"growth.png", "key_tokens.png", "walk.png", "noise.png", "walk.gif"}
+    assert names == pictures | {"walk.json"}
     with Image.open(tmp_path / "walk.gif") as animation:
         assert animation.n_frames == article.WALKED + 1
 
@@ -42,6 +48,19 @@ def test_a_walk_keeps_its_slots(walked) -> None:
         assert states.count("just read") == (step > 0)
         assert states.count("key token") == article.SLOTS - walked.window
         gone |= set(range(read)) - set(held)
+
+
+def test_the_article_tells_the_walk_that_is_drawn() -> None:
+    """Who has left the window and beaten whom, at which step."""
+    text = " ".join((ROOT / "blog" / "README.md").read_text().split())
+    said = re.search(r"At step (\d+) \*(\w+)\* has left the window and beaten \*(\w+)\*", text)
+    assert said is not None
+    step, winner, loser = int(said[1]), said[2], said[3]
+    walk = json.loads((ROOT / "blog" / "figures" / "walk.json").read_text())["walk"]
+    before, after = (set(walk["held"][at]) for at in (step - 1, step))
+    left = walk["prompt"] + step - 1 - article.SLOTS * article.RECENT // 100
+    assert walk["tokens"][left] == winner and left in after
+    assert [walk["tokens"][token] for token in before - after] == [loser]
 
 
 def test_shares_are_those_of_layers_and_heads() -> None:

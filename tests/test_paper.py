@@ -540,7 +540,7 @@ def test_sparsity_and_mass_of_attention(model_path) -> None:
     [
         (
             ["--settings", "paper"],
-            "--max_new_tokens 3 contradicts --settings paper, which sets 128",
+            "--max_new_tokens 3 contradicts --settings paper, where max_new_tokens is 128",
         ),
         (["--settings", "paper", "--beam", "1"], "--beam 1 contradicts"),
         (["--settings", "paper", "--no-early_stopping"], "--no-early_stopping contradicts"),

@@ -251,7 +251,7 @@ def test_more_items_than_there_are_is_all_of_them(run, tmp_path, caplog) -> None
     scores, lines = run(*flags, "--n_obs", "6")
     assert scores["items"] == 5 and run(*flags)[1] == lines
     (said,) = (record.getMessage() for record in caplog.records if "n_obs" in record.getMessage())
-    assert said == "--n_obs 6: the dataset has 5 items, all of them are taken"
+    assert said == "--n_obs 6: all of the dataset is taken, which has 5"
 
 
 @pytest.mark.parametrize("which", ["--save_attentions", "--save_prompt_attentions"])

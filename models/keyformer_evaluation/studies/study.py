@@ -404,7 +404,7 @@ def settle(flags: argparse.Namespace, paper: Mapping[str, Any]) -> None:
         given = getattr(flags, name, None)
         if chosen and given not in (None, value):
             said = f"--no-{name}" if given is False else f"--{name} {given}"
-            raise InputError(f"{said} contradicts --settings {chosen}, which sets {value}")
+            raise InputError(f"{said} contradicts --settings {chosen}, where {name} is {value}")
         setattr(flags, name, value if given is None else given)
 
 

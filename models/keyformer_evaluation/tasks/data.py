@@ -286,7 +286,7 @@ def sample(items: Sequence[Any], n_obs: int | None, seed: int) -> list[Any]:
 def warn_of_fewer(n_obs: int | None, count: int) -> None:
     """Say so where a dataset has fewer items than are asked for."""
     if n_obs is not None and n_obs > count:
-        LOGGER.warning(f"--n_obs {n_obs}: the dataset has {count} items, all of them are taken")
+        LOGGER.warning(f"--n_obs {n_obs}: all of the dataset is taken, which has {count}")
 
 
 def make_prompt(
@@ -359,9 +359,10 @@ def make_prompts(
     def of(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> list[str]:
         return [make_prompt(item, task, tokenizer, max_tokens, kind, start) for item in items]
 
-    if workers == 1:
+    workers = min(workers, len(items))
+    if workers <= 1:
         return of(items, tokenizer)
-    size = max(1, math.ceil(len(items) / workers))
+    size = math.ceil(len(items) / workers)
     parts = [items[at : at + size] for at in range(0, len(items), size)]
     copies = [copy.deepcopy(tokenizer) for _ in parts]
     with ThreadPoolExecutor(workers) as pool:

@@ -56,7 +56,8 @@ def rouge(
             " --rouge_tokenizer unicode reads all scripts"
         )
     score, pairs = partial(_score, tokenizer), [*zip(predictions, references, strict=True)]
-    if workers == 1:
+    workers = min(workers, len(pairs))
+    if workers <= 1:
         return [*map(score, pairs)]
     with ProcessPoolExecutor(workers) as pool:
         return [*pool.map(score, pairs, chunksize=max(1, len(pairs) // (4 * workers)))]
