@@ -48,7 +48,8 @@ def fetch() -> None:
         )
         npm = [str(programs / "npm"), "install", *quiet, "--prefix", folder, PACKAGE]
         path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-        subprocess.run(npm, check=True, env=os.environ | {"PATH": path})
+        own = {"PATH": path, "NODE_USE_SYSTEM_CA": "1"}  # certificates as pip and git know them
+        subprocess.run(npm, check=True, env=os.environ | own)
         unpacked = Path(folder) / "unpacked"
         unpacked.mkdir()
         told = {"TMPDIR": str(unpacked), "AWS_EXECUTION_ENV": "AWS_Lambda_nodejs24.x"}
